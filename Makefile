@@ -1,0 +1,30 @@
+# `make sweep` and `make test` do all the set-up themselves: a virtual environment from a hashed lock, redone only when the lock changes.
+ACCELERATOR ?= cpu
+PYTHON ?= python3
+LOCK := locks/$(ACCELERATOR).txt
+READY := .venv/.ready-$(ACCELERATOR)
+
+.PHONY: sweep test venv locks
+
+sweep: $(READY)
+	.venv/bin/python launch.py --config=experiments/seq_len.py --workdir=results/seq_len
+
+test: $(READY)
+	.venv/bin/python -m pytest
+
+venv: $(READY)
+
+$(READY): $(LOCK) setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "attn_zoo needs Python 3.11 or later; this is " + sys.version.split()[0] + ". Try: make venv PYTHON=python3.11")'
+	rm -f .venv/.ready-*
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $(LOCK)
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+# Renew the locks (needs uv: https://docs.astral.sh/uv).
+locks:
+	for a in cpu cuda12 cuda13 tpu; do \
+	  uv pip compile setup.cfg --quiet --universal --fork-strategy fewest --python-version 3.11 --generate-hashes --no-annotate --no-header \
+	    --extra test $$(test $$a = cpu || echo --extra $$a) --output-file locks/$$a.txt || exit 1; \
+	done

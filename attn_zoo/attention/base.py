@@ -1,0 +1,156 @@
+"""The contract of a variant, and the layer every model puts it in.
+
+Letters, those of jax.nn.dot_product_attention, as suffixes of array names:
+B batch, T query positions, S key/value positions, N query heads, K key/value heads (N % K == 0), G = N / K,
+H head dim, D model dim, F feed-forward dim, V vocabulary, W window, C blocks, R rank / features / memory slots.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Key
+
+from attn_zoo.spec import Unsupported, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Paper:
+    """Where a variant comes from; `key` is its BibTeX key, `venue` what stands behind the year in cite.bib."""
+
+    key: str
+    title: str
+    authors: str  # "Last, First and Last, First", as BibTeX has it
+    year: int
+    venue: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Dims:
+    """What a variant is built for: heads, sizes, masks, precision and backend."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_len: int
+    causal: bool
+    dtype: Any = jnp.float32
+    backend: str = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A registry entry. `causal`, `cross` and `decode` are True, or the reason why not."""
+
+    name: str
+    family: str
+    options: type
+    build: Callable[..., "Attention"]  # (options, dims, *, shared, rngs) -> Attention
+    paper: Paper
+    complexity: str
+    flops: Callable[..., float]  # (options, B, T, S, N, H, causal): forward, useful pairs only
+    time_order: float  # in T, at the default options
+    memory_order: float
+    exact_when: Callable[[int], dict[str, Any] | None]  # options under which it equals `full` at T, or None
+    causal: bool | str = True
+    cross: bool | str = True
+    decode: bool | str = "not built yet"
+
+
+class Loss(nnx.Intermediate):
+    """A loss term that a layer adds to the training objective; the train step sums all it finds."""
+
+
+class Statistic(nnx.Intermediate):
+    """A number or small array worth recording (learned spans, realized compute); the train step carries it to the record."""
+
+
+class Attention(nnx.Module):
+    """One attention variant, built for its dims. Subclasses define `attend` and `attend_reference`."""
+
+    def __init__(self, options: Any, dims: Dims):
+        self.options = options
+        self.dims = dims
+
+    def __call__(
+        self,
+        q_BTNH: Float[Array, "B T N H"],
+        k_BSKH: Float[Array, "B S K H"],
+        v_BSKH: Float[Array, "B S K H"],
+        *,
+        valid_BS: Bool[Array, "B S"] | None = None,
+        key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "B T N H"]:
+        """Attention of queries over the valid keys, in the queries' dtype.
+
+        `key` is the random key of this call; None means deterministic evaluation. A row without any valid key is zero.
+        """
+        return self._run(self.attend, q_BTNH, k_BSKH, v_BSKH, valid_BS, key)
+
+    def reference(self, q_BTNH, k_BSKH, v_BSKH, *, valid_BS=None, key=None) -> Float[Array, "B T N H"]:
+        """The slow truth: the same parameters and arguments, computed in float32 as the paper writes it."""
+        f32 = [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (q_BTNH, k_BSKH, v_BSKH)]
+        return self._run(self.attend_reference, *f32, valid_BS, key)
+
+    def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
+        """The fast form. Keys and values at invalid positions arrive as zeros."""
+        raise NotImplementedError
+
+    def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
+        """The slow form, on float32 arguments."""
+        raise NotImplementedError
+
+    def plan(self, B: int, T: int, S: int) -> dict[str, Any]:
+        """What will run at these sizes: {'backend': ..., and e.g. the block size and density}. Goes into the record."""
+        return {"backend": "xla"}
+
+    def specialize(self) -> None:
+        """Re-derives what is static from the current parameter values (e.g. the window that learned spans need).
+
+        Called outside jit between steps; the step is compiled again only when the result differs.
+        """
+
+    def _run(self, attend, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
+        B, T, N, H = q_BTNH.shape
+        S = k_BSKH.shape[1]
+        d = self.dims
+        if (N, k_BSKH.shape[2], H) != (d.num_heads, d.num_kv_heads, d.head_dim):
+            raise UserError(f"built for N={d.num_heads}, K={d.num_kv_heads}, H={d.head_dim}; got q {q_BTNH.shape}, k {k_BSKH.shape}")
+        if max(T, S) > d.max_len:
+            raise UserError(f"length {max(T, S)} is over max_len={d.max_len} that this attention was built for")
+        if valid_BS is None:
+            return attend(q_BTNH, k_BSKH, v_BSKH, None, key).astype(q_BTNH.dtype)
+        # Whatever stands in invalid positions (even NaN) must change nothing: 0 * NaN is NaN, so it is replaced, not weighted away.
+        k_BSKH, v_BSKH = (jnp.where(valid_BS[:, :, None, None], x, 0) for x in (k_BSKH, v_BSKH))
+        o_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, valid_BS, key)
+        return jnp.where(valid_BS.any(axis=1)[:, None, None, None], o_BTNH, 0).astype(q_BTNH.dtype)
+
+
+def repeat_kv(x_BSKH: Array, num_heads: int) -> Array:
+    """Key/value heads repeated for the query heads that share them, [B S N H]; for reference forms only."""
+    return jnp.repeat(x_BSKH, num_heads // x_BSKH.shape[2], axis=2)
+
+
+def softmax_reference(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask: Array, bias: Array | float = 0.0, scale: float | None = None) -> Array:
+    """Dense masked softmax attention, the truth that every scored variant is held to. Vaswani et al. 2017, eq. 1.
+
+    mask broadcasts to [B, N, T, S]; bias is added to the scaled scores. A row that sees no key gives zeros.
+    """
+    N, H = q_BTNH.shape[2:]
+    k_BSNH, v_BSNH = repeat_kv(k_BSKH, N), repeat_kv(v_BSKH, N)
+    scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH, precision="highest") * (H**-0.5 if scale is None else scale) + bias
+    scores_BNTS = jnp.where(mask, scores_BNTS, -jnp.inf)
+    top_BNT1 = jnp.max(scores_BNTS, axis=-1, keepdims=True)
+    weights_BNTS = jnp.where(mask, jnp.exp(scores_BNTS - jnp.where(jnp.isfinite(top_BNT1), jax.lax.stop_gradient(top_BNT1), 0.0)), 0.0)
+    total_BNT1 = weights_BNTS.sum(axis=-1, keepdims=True)
+    weights_BNTS = weights_BNTS / jnp.where(total_BNT1 == 0, 1.0, total_BNT1)
+    return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BSNH, precision="highest")
+
+
+def require(variant: Variant, causal: bool) -> None:
+    """Raises Unsupported with the variant's own reason when it cannot be causal."""
+    if causal and variant.causal is not True:
+        raise Unsupported(f"{variant.name} cannot be causal: {variant.causal}")
