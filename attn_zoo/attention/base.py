@@ -42,6 +42,16 @@ class Dims:
 
 
 @dataclasses.dataclass(frozen=True)
+class Bound:
+    """For a variant that no options make exact: how far from `full` it may be when keys are scaled by `scale`, and why."""
+
+    why: str
+    scale: float
+    error: float  # largest absolute difference, for standard normal queries, keys (before scaling) and values
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Variant:
     """A registry entry. `causal`, `cross` and `decode` are True, or the reason why not."""
 
@@ -54,7 +64,8 @@ class Variant:
     flops: Callable[..., float]  # (options, B, T, S, N, H, causal): forward, useful pairs only
     time_order: float  # in T, at the default options
     memory_order: float
-    exact_when: Callable[[int], dict[str, Any] | None]  # options under which it equals `full` at T, or None
+    exact_when: Callable[[int], dict[str, Any] | None]  # options under which it equals `full` at T, or None: then `bound` holds
+    bound: Bound | None = None
     causal: bool | str = True
     cross: bool | str = True
     decode: bool | str = "not built yet"
@@ -70,6 +81,9 @@ class Statistic(nnx.Intermediate):
 
 class Attention(nnx.Module):
     """One attention variant, built for its dims. Subclasses define `attend` and `attend_reference`."""
+
+    variant: Variant  # its registry entry, set by make_attention
+    shares_query_key = False  # True: the layer makes no key projection, and keys are the queries
 
     def __init__(self, options: Any, dims: Dims):
         self.options = options
@@ -103,9 +117,19 @@ class Attention(nnx.Module):
         """The slow form, on float32 arguments."""
         raise NotImplementedError
 
-    def plan(self, B: int, T: int, S: int) -> dict[str, Any]:
-        """What will run at these sizes: {'backend': ..., and e.g. the block size and density}. Goes into the record."""
-        return {"backend": "xla"}
+    def backend(self, masked: bool = False) -> str:
+        """The backend that runs, given whether key validity is passed. Raises UserError if dims.backend names one that cannot serve."""
+        if self.dims.backend not in ("auto", "xla"):
+            raise UserError(f"attention.backend={self.dims.backend!r} does not serve {self.variant.name}; use auto or xla")
+        return "xla"
+
+    def plan(self, T: int, S: int, masked: bool = False) -> dict[str, Any]:
+        """What will run at these sizes, for the record: {'backend': ..., and e.g. block sizes and densities}."""
+        return {"backend": self.backend(masked)}
+
+    def flops(self, B: int, T: int, S: int) -> float:
+        """Forward FLOPs over useful pairs, as the layer stands now."""
+        return self.variant.flops(self.options, B, T, S, self.dims.num_heads, self.dims.head_dim, self.dims.causal)
 
     def specialize(self) -> None:
         """Re-derives what is static from the current parameter values (e.g. the window that learned spans need).
@@ -121,6 +145,7 @@ class Attention(nnx.Module):
             raise UserError(f"built for N={d.num_heads}, K={d.num_kv_heads}, H={d.head_dim}; got q {q_BTNH.shape}, k {k_BSKH.shape}")
         if max(T, S) > d.max_len:
             raise UserError(f"length {max(T, S)} is over max_len={d.max_len} that this attention was built for")
+        self.backend(masked=valid_BS is not None)
         if valid_BS is None:
             return attend(q_BTNH, k_BSKH, v_BSKH, None, key).astype(q_BTNH.dtype)
         # Whatever stands in invalid positions (even NaN) must change nothing: 0 * NaN is NaN, so it is replaced, not weighted away.

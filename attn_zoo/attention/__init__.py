@@ -1,0 +1,84 @@
+"""The zoo: the registry of attention variants, and how one is made from a spec."""
+
+import jax.numpy as jnp
+from flax import nnx
+
+from attn_zoo.attention.adaptive_span import ADAPTIVE_SPAN
+from attn_zoo.attention.base import Attention, Dims, Loss, Paper, Statistic, Variant, require
+from attn_zoo.attention.block import BLOCK
+from attn_zoo.attention.full import FULL_VARIANT
+from attn_zoo.attention.linear import LINEAR
+from attn_zoo.attention.linformer import LINFORMER
+from attn_zoo.attention.local import LOCAL
+from attn_zoo.attention.strided import STRIDED
+from attn_zoo.ops.backends import check_backend
+from attn_zoo.spec import Spec, UserError, nearest, parse, parse_one
+
+# In the order of the table.
+VARIANTS: dict[str, Variant] = {
+    "full": FULL_VARIANT,
+    "local": LOCAL,
+    "strided": STRIDED,
+    "block": BLOCK,
+    "linear": LINEAR,
+    "linformer": LINFORMER,
+    "adaptive_span": ADAPTIVE_SPAN,
+}
+
+
+def find(spec: str | Spec) -> tuple[Variant, object]:
+    """The registry entry and the validated options of one spec. Raises UserError with the nearest valid name."""
+    spec = parse_one(spec) if isinstance(spec, str) else spec
+    if spec.name not in VARIANTS:
+        raise UserError(f"there is no attention variant {spec.name!r}; {nearest(spec.name, VARIANTS)}")
+    variant = VARIANTS[spec.name]
+    return variant, spec.resolve("attention variant", variant.options)
+
+
+def parse_variants(text: str) -> list[list[Spec]]:
+    """The entries of a sweep, 'full, [local(window=128), full]', each as the list of specs that its layers cycle through, in canonical form."""
+    entries = [entry if isinstance(entry, list) else [entry] for entry in parse(text)]
+    return [[Spec.canonical(spec, "attention variant", find(spec)[0].options) for spec in entry] for entry in entries]
+
+
+def parse_variant(text: str) -> list[Spec]:
+    """One entry of a sweep."""
+    entries = parse_variants(text)
+    if len(entries) != 1:
+        raise UserError(f"expected one variant, or a [list] to cycle over layers; got {text!r}")
+    return entries[0]
+
+
+def variant_text(specs: list[Spec]) -> str:
+    """The inverse of `parse_variant`: 'local(window=128)' or '[local(window=128), full]'."""
+    return str(specs[0]) if len(specs) == 1 else f"[{', '.join(map(str, specs))}]"
+
+
+def make_attention(
+    spec: str | Spec,
+    *,
+    num_heads: int,
+    head_dim: int,
+    max_len: int,
+    causal: bool = False,
+    num_kv_heads: int | None = None,
+    dtype=jnp.float32,
+    backend: str = "auto",
+    shared: dict | None = None,
+    rngs: nnx.Rngs | None = None,
+) -> Attention:
+    """Builds one attention layer from its spec.
+
+    `shared` is handed along by the layers of one model that may share parameters. Raises UserError for a bad spec, Unsupported for what
+    the variant cannot do.
+    """
+    variant, options = find(spec)
+    require(variant, causal)
+    check_backend(backend)
+    K = num_kv_heads or num_heads
+    if num_heads % K:
+        raise UserError(f"num_kv_heads={K}: must divide num_heads={num_heads}")
+    dims = Dims(num_heads, K, head_dim, max_len, causal, dtype, backend)
+    attention = variant.build(options, dims, shared={} if shared is None else shared, rngs=rngs or nnx.Rngs(0))
+    attention.variant = variant
+    return attention

@@ -1,0 +1,51 @@
+"""The common form of the variants that are a Pattern: softmax attention over the pairs that a function of indices shows."""
+
+import numpy as np
+
+from attn_zoo.attention.base import Attention, softmax_reference
+from attn_zoo.ops import backends
+from attn_zoo.ops.blocked import block_sizes
+from attn_zoo.ops.patterns import Pattern, block_mask, count_pairs
+
+
+class PatternAttention(Attention):
+    """Scaled dot-product attention over `self.pattern(T, S)`."""
+
+    def pattern(self, T: int, S: int) -> Pattern:
+        """The pairs seen among T queries and S keys, causality included."""
+        raise NotImplementedError
+
+    def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
+        pattern = self.pattern(q_BTNH.shape[1], k_BSKH.shape[1])
+        return backends.attention(q_BTNH, k_BSKH, v_BSKH, pattern=pattern, valid_BS=valid_BS, backend=self.dims.backend)
+
+    def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
+        T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+        return softmax_reference(q_BTNH, k_BSKH, v_BSKH, dense_mask(self.pattern(T, S), T, S, valid_BS))
+
+    def backend(self, masked=False):
+        return backends.choose(self.dims.backend, self.pattern(1, 1), self.dims.dtype, self.dims.head_dim, masked=masked)
+
+    def plan(self, T, S, masked=False):
+        return pattern_plan(self.backend(masked), self.pattern(T, S), T, S)
+
+
+def dense_mask(pattern: Pattern, T: int, S: int, valid_BS=None):
+    """The pattern as a [1 or B, 1, T, S] array, for references."""
+    mask = pattern.mask(np.arange(T)[:, None], np.arange(S)[None, :])[None, None]
+    return mask if valid_BS is None else mask & valid_BS[:, None, None, :]
+
+
+def pattern_plan(backend: str, pattern: Pattern, T: int, S: int) -> dict:
+    """For the record: the backend, its blocks, and the densities of pairs and of computed blocks."""
+    plan = {"backend": backend, "density": count_pairs(pattern, T, S) / (T * S)}
+    if backend == "xla":
+        q_block, k_block = block_sizes(pattern, T, S)
+        mask = block_mask(pattern, T, S, q_block, k_block)
+        plan |= {"q_block": q_block, "k_block": k_block, "computed_density": mask.computed_pairs / (T * S)}
+    return plan
+
+
+def pair_flops(pairs: float, B: int, N: int, H: int) -> float:
+    """Forward FLOPs of scores and weighted sum, 2 x 2 H a pair; the softmax itself is not counted, as is customary."""
+    return 4.0 * B * N * H * pairs

@@ -1,0 +1,1 @@
+"""Engines that several variants share: pure array functions that know no Flax."""
