@@ -64,14 +64,14 @@ class AdaptiveSpan(Attention):
     def __init__(self, options: Options, dims, *, shared: dict, rngs: nnx.Rngs):
         super().__init__(options, dims)
         self.ratio = nnx.Param(jnp.full((dims.num_heads,), options.init / options.max_span, jnp.float32))
-        self.window = self._window(options.init)
+        self.window = self._window(float(options.init))
         self.penalty = Loss(jnp.zeros(()))
         self.spans = Statistic(jnp.full((dims.num_heads,), options.init, jnp.float32))
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         span_N = self.learned_spans()
-        self.penalty[...] = self.options.penalty * span_N.mean()
-        self.spans[...] = jax.lax.stop_gradient(span_N)
+        self.leave("penalty", self.options.penalty * span_N.mean())
+        self.leave("spans", jax.lax.stop_gradient(span_N))
         mod = ScoreMod(lambda scores, i, j, span: _add_log_mask(scores, abs(i - j), span, self.options.ramp), span_N)
         return backends.attention(q_BTNH, k_BSKH, v_BSKH, pattern=self.pattern(), valid_BS=valid_BS, score_mod=mod, backend=self.dims.backend)
 
@@ -98,7 +98,9 @@ class AdaptiveSpan(Attention):
         return min(-(-reach // BLOCK) * BLOCK, self.dims.max_len)
 
     def flops(self, B, T, S):
-        spans = np.asarray(self.learned_spans()).tolist()
+        """Over the spans learned so far; an abstract layer (nnx.eval_shape) is counted at its first ones."""
+        abstract = not isinstance(self.ratio.get_value(), jax.Array)
+        spans = [self.options.init] * self.dims.num_heads if abstract else np.asarray(self.learned_spans()).tolist()
         return sum(flops(dataclasses.replace(self.options, init=z), B, T, S, 1, self.dims.head_dim, self.dims.causal) for z in spans)
 
     def backend(self, masked=False):

@@ -11,7 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from flax.errors import TraceContextError
 from jaxtyping import Array, Bool, Float, Key
 
 from attn_zoo.spec import Unsupported, UserError
@@ -117,6 +119,16 @@ class Attention(nnx.Module):
         """The slow form, on float32 arguments."""
         raise NotImplementedError
 
+    def leave(self, name: str, value: Array) -> None:
+        """Sets the layer's variable `name` (a Loss, a Statistic, state that is updated) during a call.
+
+        A layer that a JAX transformation closes over, instead of merging it inside, is a pure function there and leaves nothing.
+        """
+        try:
+            getattr(self, name)[...] = value
+        except TraceContextError:
+            return
+
     def backend(self, masked: bool = False) -> str:
         """The backend that runs, given whether key validity is passed. Raises UserError if dims.backend names one that cannot serve."""
         if self.dims.backend not in ("auto", "xla"):
@@ -145,6 +157,8 @@ class Attention(nnx.Module):
             raise UserError(f"built for N={d.num_heads}, K={d.num_kv_heads}, H={d.head_dim}; got q {q_BTNH.shape}, k {k_BSKH.shape}")
         if max(T, S) > d.max_len:
             raise UserError(f"length {max(T, S)} is over max_len={d.max_len} that this attention was built for")
+        if T != S and self.variant.cross is not True:
+            raise Unsupported(f"{self.variant.name} cannot attend across sequences (T={T}, S={S}): {self.variant.cross}")
         self.backend(masked=valid_BS is not None)
         if valid_BS is None:
             return attend(q_BTNH, k_BSKH, v_BSKH, None, key).astype(q_BTNH.dtype)
@@ -159,7 +173,7 @@ def repeat_kv(x_BSKH: Array, num_heads: int) -> Array:
     return jnp.repeat(x_BSKH, num_heads // x_BSKH.shape[2], axis=2)
 
 
-def softmax_reference(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask: Array, bias: Array | float = 0.0, scale: float | None = None) -> Array:
+def softmax_reference(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask: Array | np.ndarray, bias: Array | float = 0.0, scale: float | None = None) -> Array:
     """Dense masked softmax attention, the truth that every scored variant is held to. Vaswani et al. 2017, eq. 1.
 
     mask broadcasts to [B, N, T, S]; bias is added to the scaled scores. A row that sees no key gives zeros.

@@ -72,5 +72,5 @@ LINEAR = Variant(
     time_order=1.0,
     memory_order=1.0,
     exact_when=lambda T: None,
-    bound=Bound("both tend to the mean of the visible values as keys tend to 0", scale=0.02, error=0.05),
+    bound=Bound("both tend to the mean of the visible values as keys tend to 0", scale=0.01, error=0.05),
 )

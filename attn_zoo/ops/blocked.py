@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 from attn_zoo.ops.patterns import Band, BlockMask, Pattern, block_mask
 
 NEG = -1e30  # a masked score: finite, so that differences of masked scores are not NaN
-TILE_BYTES = 8 * 2**20  # of the score tile [rows, G, q block, k block] that one step holds; about what stays in cache on a CPU core
+TILE_BYTES = 2 * 2**20  # of the score tile [rows, G, q block, k block] that one step holds; about what stays in cache on a CPU core
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,12 +95,12 @@ def rows_per_step(R: int, row_bytes: int) -> int:
 def _attend(pattern: Pattern, mask: BlockMask, fn, scale: float):
     """The engine for one block list: (q, k, v, valid, params) -> (o, lse), with its own backward pass."""
     bq, bk = mask.q_block, mask.k_block
-    starts = [jnp.asarray(x) for x in (mask.full_start, mask.part_start)]
-    blocks = [jnp.asarray(np.append(x, 0)) for x in (mask.full_block, mask.part_block)]  # never empty, so that it can be indexed
+    lists = (mask.full_start, np.append(mask.full_block, 0)), (mask.part_start, np.append(mask.part_block, 0))  # an empty list could not be indexed
 
     def over_blocks(c, body, carry):
         """Runs body(j0, partial, carry) over the key blocks of query block c: the full ones without a mask, then the partial ones."""
-        for start, block, partial in zip(starts, blocks, (False, True)):
+        for (start, block), partial in zip(lists, (False, True)):
+            start, block = jnp.asarray(start), jnp.asarray(block)
             carry = lax.fori_loop(start[c], start[c + 1], lambda n, carry: body(block[n] * bk, partial, carry), carry)
         return carry
 

@@ -1,0 +1,152 @@
+"""One cell, run in a process of its own: train, evaluate, measure, and leave a record. `python -m attn_zoo.cell` reads the job from stdin.
+
+The job is {"cell", "workdir", "data_dir"}; events go to stdout, one JSON object a line; all else that is printed goes to stderr.
+"""
+
+import time
+
+STARTED = time.perf_counter()
+
+import dataclasses
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from attn_zoo import measure, provenance, train
+from attn_zoo.attention import find, parse_variant
+from attn_zoo.checkpoints import Checkpoints
+from attn_zoo.config import Cell
+from attn_zoo.models import flops_per_step, param_counts
+from attn_zoo.results import write_record
+from attn_zoo.spec import Unsupported
+from attn_zoo.tasks import Task, load_task
+
+
+def run(cell: Cell, workdir: str, data_dir: str, report: Callable[..., None]) -> dict[str, Any]:
+    """Runs the cell and returns its record; whatever goes wrong becomes its status, beside the keys that were reached."""
+    record = {"id": cell.id, "status": "ok", "message": "", "cell": dataclasses.asdict(cell)}
+    seconds = {"startup": time.perf_counter() - STARTED}
+    try:
+        _fill(record, cell, workdir, data_dir, report, seconds)
+    except Unsupported as e:
+        record |= {"status": "unsupported", "message": str(e)}
+    except train.Diverged as e:
+        record |= {"status": "nan", "message": str(e)}
+    except Exception as e:
+        first_line = (str(e).splitlines() or [""])[0]
+        out_of_memory = isinstance(e, MemoryError) or "RESOURCE_EXHAUSTED" in str(e)
+        record |= {"status": "oom" if out_of_memory else "error", "message": f"{type(e).__name__}: {first_line}"}
+        traceback.print_exc()
+    seconds["total"] = time.perf_counter() - STARTED
+    record["provenance"] = provenance.collect() | record.get("provenance", {}) | {"seconds": seconds}
+    return record
+
+
+def _fill(record: dict, cell: Cell, workdir: str, data_dir: str, report: Callable[..., None], seconds: dict[str, float]) -> None:
+    clock = time.perf_counter()
+
+    def lap(name):
+        nonlocal clock
+        now = time.perf_counter()
+        seconds[name], clock = seconds.get(name, 0.0) + now - clock, now
+
+    report(phase="prepare")
+    specs = parse_variant(cell.variant)
+    task = load_task(cell.task, cell.seq_len, data_dir)
+    record["config"] = {"variant": [{"name": spec.name} | dataclasses.asdict(find(spec)[1]) for spec in specs], "task": dataclasses.asdict(task.options)}
+    record["paper"] = list({p["key"]: p for p in (dataclasses.asdict(find(spec)[0].paper) for spec in specs)}.values())
+    model = train.Model(cell, task)
+    record["params"] = param_counts(model.abstract)
+    record["loss_name"] = task.loss_name
+    record["floors"] = task.floors()
+    B = train.batch_size(cell)
+    mesh = train.make_mesh(B)
+    record["provenance"] = {"data": task.provenance(), "devices_used": mesh.size}
+    rates = {"before": measure.matmul_flops_per_s(cell.model.dtype)}
+    lap("prepare")
+
+    report(phase="train")
+    directory = Path(workdir) / "checkpoints" / cell.id
+    checkpoints = Checkpoints(directory) if cell.train.checkpoint_every else None
+    trained = train.train(cell, task, model, mesh, checkpoints, report)
+    record["metrics"] = {"train_loss": trained.curve["train_loss"][-1] if trained.curve["train_loss"] else None} | trained.scores
+    if task.loss_name != "loss":
+        record["metrics"] |= {name: v for name, v in task.score(trained.scores["eval_loss"], trained.scores["eval_accuracy"]).items()}
+    record["curve"] = trained.curve
+    record["statistics"] = model.statistics(trained.state["params"], trained.state["rest"])
+    record["compilations"], record["resumed_from"] = trained.compilations, trained.resumed_from
+    lap("train")
+
+    report(phase="measure")
+    bound = model.bind(trained.state["params"], trained.state["rest"])
+    flops = flops_per_step(bound, B, cell.seq_len)
+    record["flops"] = {"attention_per_step": flops["attention"], "model_per_step": flops["model"], "useful_per_step": flops["model"]}
+    record["attention"] = _plans(bound, cell.seq_len, task)
+    record["tokens_per_step"] = B * cell.seq_len
+    record["compile"], record["speed"], record["memory"] = _measure(cell, task, model, mesh, trained)
+    if "train_step" in record["speed"]:
+        record["tokens_per_s"] = record["tokens_per_step"] / record["speed"]["train_step"]["median_s"]
+    record["calibration"] = {"matmul_flops_per_s": rates | {"after": measure.matmul_flops_per_s(cell.model.dtype)}}
+    lap("measure")
+    if checkpoints is not None:
+        checkpoints.remove()
+
+
+def _plans(model, T: int, task: Task) -> dict[str, Any]:
+    """What ran in each layer; `backend` is one name, or those that differ, joined."""
+    plans = [block.mixer.attention.plan(T, T, masked=task.padded) for block in model.blocks]
+    return {"backend": "+".join(dict.fromkeys(plan["backend"] for plan in plans)), "layers": plans}
+
+
+def _measure(cell: Cell, task: Task, model: train.Model, mesh, trained: train.Trained) -> tuple[dict, dict, dict]:
+    """(compile, speed, memory) of the modes asked for, on one batch and the trained parameters."""
+    B = train.batch_size(cell)
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    batch = jax.device_put(next(task.train_iterator(B, cell.seed)), split)
+    steps = train.make_steps(model, cell.train, mesh)
+    params, rest = trained.state["params"], trained.state["rest"]
+    compiled, speed = {"train_step": trained.compile}, {}
+    for mode in ("forward", "forward_backward"):
+        if mode in cell.measure.modes:
+            call, compiled[mode] = measure.compile_timed(getattr(steps, mode), params, rest, batch)
+            speed[mode] = measure.time_calls(lambda: call(params, rest, batch), cell.measure)
+    if "train_step" in cell.measure.modes:
+        state = trained.state  # donated to each step, so this comes last
+
+        def step():
+            nonlocal state
+            state, metrics = trained.train_step(state, batch)
+            return state, metrics
+
+        speed["train_step"] = measure.time_calls(step, cell.measure)
+    return compiled, speed, measure.memory(trained.train_step)
+
+
+def main() -> int:
+    """Runs the job on stdin; the exit status is 0 whenever a record was written."""
+    events = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries that print must not break the stream of events
+
+    def report(**event):
+        try:
+            print(json.dumps(event), file=events, flush=True)
+        except BrokenPipeError:  # the sweep is gone: nobody is waiting for this cell
+            os._exit(1)
+
+    jax.config.update("jax_enable_compilation_cache", False)  # or compile seconds would be those of a disk
+    job = json.load(sys.stdin)
+    cell = Cell.from_json(job["cell"])
+    record = run(cell, job["workdir"], job["data_dir"], report)
+    write_record(job["workdir"], record)
+    report(phase="done", status=record["status"])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""Checkpoints of one cell: state, data position and curve, saved and found again with Orbax."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+
+
+class Checkpoints:
+    """The checkpoints in one directory; the newest two are kept."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory.absolute()
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every file
+        self.manager = ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(max_to_keep=2))
+
+    def save(self, step: int, state: Any, batches: Any, curve: dict, seconds: float) -> None:
+        """Starts saving; a step that is not whole when the process dies does not count."""
+        # JSON keeps every bit of a Python float, so a resumed curve is the same curve.
+        meta = {"curve": curve, "seconds": seconds}
+        items = {"state": ocp.args.StandardSave(state), "data": grain.checkpoint.CheckpointSave(batches), "meta": ocp.args.JsonSave(meta)}
+        self.manager.save(step, args=ocp.args.Composite(**items))
+
+    def restore(self, state: Any, batches: Any) -> tuple[Any, dict, float] | None:
+        """(state, curve, seconds) of the newest step that can be read, `batches` moved to where it was; None if there is none.
+
+        `state` gives shapes and shardings. A damaged step is reported and passed over.
+        """
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        for step in sorted(self.manager.all_steps(), reverse=True):
+            items = {"state": ocp.args.StandardRestore(abstract), "data": grain.checkpoint.CheckpointRestore(batches), "meta": ocp.args.JsonRestore()}
+            try:
+                found = self.manager.restore(step, args=ocp.args.Composite(**items))
+            except (ValueError, OSError, KeyError, json.JSONDecodeError) as e:
+                print(f"checkpoint {self.directory / str(step)} cannot be read ({type(e).__name__}: {e}); trying an older one", flush=True)
+                continue
+            return found["state"], found["meta"]["curve"], found["meta"]["seconds"]
+        return None
+
+    def remove(self) -> None:
+        """Deletes all of them, once the record stands."""
+        self.manager.close()
+        shutil.rmtree(self.directory, ignore_errors=True)

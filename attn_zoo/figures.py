@@ -1,0 +1,236 @@
+"""The figures of a sweep from its records: throughput, memory and loss against length, and loss against training time.
+
+Drawn for one column of a paper, or for both when there are many variants. A variant keeps its colour, marker and line style in
+all of them; neighbours differ in all three, so that grey print tells them apart. Functions return Figure objects and know no files.
+"""
+
+import math
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+from attn_zoo import summary
+from attn_zoo.summary import Row
+from attn_zoo.tables import LOSS_TITLES
+
+COLUMN = 3.5  # inches; a page has two
+MANY = 12  # variants: more are drawn over both columns
+FONT = 7  # points
+LEFT, BOTTOM, TOP = 0.58, 0.38, 0.16  # inches around the axes. Fixed: a layout engine would draw every figure several times
+# Okabe and Ito (2008), told apart by colour-blind readers, without their yellow, which print loses.
+COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "*")
+LINES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (8, 2)))
+
+
+def figures(records: list[dict[str, Any]]) -> dict[str, Figure]:
+    """The figures by name: 'throughput', 'memory', 'loss', 'loss_time'; those whose numbers no cell reached are left out."""
+    rows = summary.rows(records)
+    styles = variant_styles(summary.variants_of(records))
+    drawn = {
+        "throughput": throughput(rows, styles),
+        "memory": memory(rows, styles),
+        "loss": loss(rows, styles, LOSS_TITLES[summary.headline(records)]),
+        "loss_time": loss_time(records, styles),
+    }
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def variant_styles(variants: list[str]) -> dict[str, dict[str, Any]]:
+    """Colour, marker and line style of each variant; no two share colour and marker up to 77 of them."""
+    look = lambda i: {"color": COLOURS[i % 7], "marker": MARKERS[i % 11], "linestyle": LINES[i % 6]}
+    return {variant: look(i) for i, variant in enumerate(variants)}
+
+
+def throughput(rows: list[Row], styles: dict) -> Figure | None:
+    """Tokens per second of the train step against T, log-log, with bars from the 20th to the 80th percentile of the steps."""
+    points = [
+        (r.variant, r.seq_len, r.tokens_per_step / r.step_s, r.tokens_per_step / r.step_s_p80, r.tokens_per_step / r.step_s_p20)
+        for r in rows
+        if r.step_s and r.tokens_per_step
+    ]
+    return _against_length(points, styles, "tokens / s", log=True)
+
+
+def memory(rows: list[Row], styles: dict) -> Figure | None:
+    """Temporary memory of the train step against T, log-log; also of cells that did not fit."""
+    points = [(r.variant, r.seq_len, *[r.temp_bytes / 2**20] * 3) for r in rows if r.temp_bytes]
+    return _against_length(points, styles, "temporary memory, MiB", log=True)
+
+
+def loss(rows: list[Row], styles: dict, title: str) -> Figure | None:
+    """Headline loss against T with 95 % intervals over seeds, and the floors; one that differs by length has its own curve."""
+    known = [r for r in rows if r.loss is not None and r.status != "floor"]
+    half = lambda r: r.loss_interval or 0.0
+    points = [(r.variant, r.seq_len, r.loss, r.loss - half(r), r.loss + half(r)) for r in known]
+    floors: dict[str, list[tuple[int, float]]] = {}
+    lengths = sorted({r.seq_len for r in known})
+    for row in rows:
+        if row.status == "floor" and row.loss is not None:
+            floors.setdefault(row.variant, []).extend((T, row.loss) for T in (lengths if row.seq_len is None else [row.seq_len]))
+    return _against_length(points, styles, title, log=False, floors=floors)
+
+
+def loss_time(records: list[dict[str, Any]], styles: dict) -> Figure | None:
+    """Training loss (nats) against training seconds, a panel a length; mean over seeds, then a running mean of a tenth."""
+    curves = {(T, v): curve for T in summary.lengths_of(records) for v in styles if (curve := mean_curve(records, v, T))}
+    if not curves:
+        return None
+    lengths = list(dict.fromkeys(T for T, _ in curves))
+    across = min(2, len(lengths))
+    figure, grid = _figure(styles, down=math.ceil(len(lengths) / across), across=across)
+    for unused in grid[len(lengths) :]:
+        unused.remove()
+    # The first steps fall from log V and would flatten what matters: the axes show what comes after a fifth of the steps.
+    late = [y for _, losses in curves.values() for y in losses[len(losses) // 5 :]]
+    margin = 0.05 * (max(late) - min(late)) or 0.05 * abs(max(late)) or 1.0
+    low, high = min(late) - margin, max(late) + margin
+    for i, (T, ax) in enumerate(zip(lengths, grid)):
+        seen = []
+        for j, (variant, style) in enumerate(styles.items()):
+            seconds, losses = curves.get((T, variant), ((), ()))
+            every = max(1, len(seconds) // 4)  # a few markers, out of step between the variants
+            ax.plot(seconds, losses, lw=0.8, ms=2.5, markevery=(j % every, every), **style)
+            seen += [s for s, y in zip(seconds, losses) if y <= high]
+        ax.set(xscale="log", xlim=(min(seen) / 1.1, max(seen) * 1.1), ylim=(low, high))
+        ax.set_title(f"T = {T:,}", fontsize=FONT, pad=2)
+        _log_ticks(ax.xaxis)
+        if i + across >= len(lengths):
+            ax.set_xlabel("training time, s")
+        if i % across == 0:
+            ax.set_ylabel("training loss, nats")
+    return figure
+
+
+def mean_curve(records: list[dict[str, Any]], variant: str, T: int) -> tuple[list[float], list[float]] | None:
+    """Seconds and smoothed training loss, mean over the seeds that ended ok at their common steps; None where none did."""
+    cells = [r for r in records if r["status"] == "ok" and r["cell"]["variant"] == variant and r["cell"]["seq_len"] == T]
+    curves = []
+    for curve in (summary.reached(r, "curve") for r in cells):
+        points = zip(*(curve.get(k) or [] for k in ("step", "seconds", "train_loss"))) if curve else []
+        curves.append({step: (s, y) for step, s, y in points if s and y is not None})
+    curves = [curve for curve in curves if curve]
+    steps = sorted(set.intersection(*map(set, curves))) if curves else []
+    if not steps:
+        return None
+    mean = [[math.fsum(c[step][i] for c in curves) / len(curves) for step in steps] for i in (0, 1)]
+    width = max(1, len(steps) // 10)
+    smooth = [math.fsum(window) / len(window) for i in range(len(steps)) if (window := mean[1][max(0, i + 1 - width) : i + 1])]
+    return mean[0], smooth
+
+
+def _against_length(points: list[tuple], styles: dict, title: str, log: bool, floors: dict | None = None) -> Figure | None:
+    """Points (variant, T, value, low, high) as one curve a variant with bars, T on a binary logarithmic axis."""
+    if not points:
+        return None
+    names = max((len(f"{name} 0.00 ↑") for name in floors or ()), default=0)
+    figure, [ax] = _figure(styles, right=0.1 + names * 0.55 * (FONT - 1) / 72)
+    lengths = sorted({T for _, T, *_ in points})
+    gap = min((math.log2(b / a) for a, b in zip(lengths, lengths[1:])), default=1.0)
+    for i, (variant, style) in enumerate(styles.items()):
+        own = sorted(point[1:] for point in points if point[0] == variant)
+        if own:
+            x, y, low, high = zip(*own)
+            if not log:  # losses are close: side by side, their bars can be told apart
+                x = [T * 2 ** (0.25 * gap * ((i + 0.5) / len(styles) - 0.5)) for T in x]
+            bars = [[max(0.0, b - a) for a, b in zip(low, y)], [max(0.0, b - a) for a, b in zip(y, high)]]
+            ax.errorbar(x, y, yerr=bars if any(map(any, bars)) else None, lw=1, ms=3.5, elinewidth=0.7, capsize=1.5, **style)
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set(major_locator=FixedLocator(lengths), minor_locator=NullLocator(), major_formatter=FuncFormatter(lambda T, _: f"{T:g}"))
+    if len(lengths) > 8:
+        ax.tick_params(axis="x", rotation=45)
+    ax.set(xlabel="sequence length T", ylabel=title)
+    if log:
+        ax.set_yscale("log")
+        _log_ticks(ax.yaxis)
+    else:
+        ax.set_ylim(_limits(*zip(*(point[2:] for point in points))))
+    if floors:
+        _draw_floors(ax, floors)
+    return figure
+
+
+def _limits(values: tuple, lows: tuple, highs: tuple) -> tuple[float, float]:
+    """Room for the values and their bars; of bars far longer than the values differ (two seeds), only the start."""
+    room = max(max(values) - min(values), 0.1 * max(map(abs, values))) or 1.0
+    low, high = max(min(lows), min(values) - room), min(max(highs), max(values) + room)
+    margin = 0.05 * max(high - low, room)
+    return low - margin, high + margin
+
+
+def _draw_floors(ax, floors: dict[str, list[tuple[int, float]]]) -> None:
+    """Grey dashed lines, named in the right margin; a floor too far away to be drawn is named with an arrow at that end."""
+    low, high = ax.get_ylim()
+    reach = 0.75 * (high - low)  # a floor may widen the axis by this much
+    ends = {name: sorted(line)[-1][1] for name, line in floors.items()}
+    near = {name for name, y in ends.items() if low - reach <= y <= high + reach}
+    shown = [y for name in near for _, y in floors[name]]
+    margin = 0.04 * (high - low)
+    low, high = min([low, *(y - margin for y in shown)]), max([high, *(y + margin for y in shown)])
+    ax.set_ylim(low, high)
+    for name in near:
+        x, y = zip(*sorted(floors[name]))
+        if len(set(y)) == 1:
+            ax.axhline(y[0], color="0.5", lw=0.8, ls="--", zorder=1)
+        else:
+            ax.plot(x, y, color="0.5", lw=0.8, ls="--", zorder=1)
+    text = lambda name: f"{name} {ends[name]:.2f}" + ("" if name in near else " ↑" if ends[name] > high else " ↓")
+    heights = _spread([min(max(y, low), high) for y in ends.values()], low, high, gap=0.055 * (high - low))
+    for name, height in zip(ends, heights):
+        ax.annotate(text(name), (1.015, height), xycoords=("axes fraction", "data"), color="0.35", fontsize=FONT - 1, va="center")
+
+
+def _spread(heights: list[float], low: float, high: float, gap: float) -> list[float]:
+    """The heights moved as little as needed to stand at least a gap apart, between low and high."""
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    moved = dict(enumerate(heights))
+    for before, i in zip(order, order[1:]):
+        moved[i] = max(moved[i], moved[before] + gap)
+    ceiling = high
+    for i in reversed(order):  # back down where the top ran over
+        moved[i] = min(moved[i], ceiling)
+        ceiling = moved[i] - gap
+    return [moved[i] for i in range(len(heights))]
+
+
+def _figure(styles: dict, right: float = 0.1, down: int = 1, across: int = 1) -> tuple[Figure, list]:
+    """A figure with its axes, and below them the legend of all variants; `right` is its margin on that side in inches."""
+    width = COLUMN * (1 if len(styles) <= MANY else 2)
+    entry = 0.58 * (FONT - 1) * max(map(len, styles)) + 5 * FONT  # points that the longest name and its line take
+    columns = max(1, min(len(styles), int(72 * width / entry)))
+    legend = math.ceil(len(styles) / columns) * 1.45 * (FONT - 1) / 72 + 0.1
+    panel = 2.3 if down == 1 else 1.3
+    height = down * (panel + TOP) + (down - 1) * 0.2 + BOTTOM + legend
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(down, across, squeeze=False, sharey=True).flatten()
+    figure.subplots_adjust(LEFT / width, (BOTTOM + legend) / height, 1 - right / width, 1 - TOP / height, 0.08, (TOP + 0.2) / panel)
+    for ax in axes:
+        ax.tick_params(labelsize=FONT - 1, width=0.6, length=2.5)
+        ax.grid(color="0.9", lw=0.5)
+        ax.set_axisbelow(True)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.xaxis.label.set_size(FONT)
+        ax.yaxis.label.set_size(FONT)
+    handles = [Line2D([], [], lw=1, ms=3.5, label=variant, **style) for variant, style in styles.items()]
+    look = {"fontsize": FONT - 1, "frameon": False, "handlelength": 3, "columnspacing": 1, "borderaxespad": 0, "labelspacing": 0.4}
+    figure.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 0.03 / height), ncols=columns, **look)
+    return figure, list(axes)
+
+
+def _log_ticks(axis) -> None:
+    """Ticks at plain numbers with a prefix, the more of them the fewer decades the axis spans."""
+    low, high = axis.get_view_interval()
+    decades = math.log10(high / low)
+    subs = (1, 1.5, 2, 3, 4, 5, 6, 8) if decades < 0.8 else (1, 2, 3, 5, 7) if decades < 1.3 else (1, 2, 5) if decades < 2.5 else (1,)
+    axis.set(major_locator=LogLocator(subs=subs, numticks=12), major_formatter=FuncFormatter(_prefixed), minor_locator=NullLocator())
+
+
+def _prefixed(x: float, _=None) -> str:
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(x) >= factor:
+            return f"{x / factor:g}{prefix}"
+    return f"{x:g}"

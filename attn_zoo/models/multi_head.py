@@ -1,0 +1,62 @@
+"""Projections to heads around one attention variant, and back."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Key
+
+from attn_zoo.attention.base import Attention
+from attn_zoo.models.layers import normal, rotate
+from attn_zoo.spec import UserError
+
+
+class MultiHeadAttention(nnx.Module):
+    """Multi-head attention of any variant: project to heads, attend, project back. Vaswani et al. 2017, sec. 3.2.2.
+
+    Heads, dims and dtype are those of `attention`; K < N is grouped-query attention (Ainslie et al. 2023). A variant with
+    `shares_query_key` (Reformer) gets its queries as keys, and no key projection is made. With `rotary`, self-attention
+    rotates queries and keys; cross-attention does not, since its two sides have no common positions.
+    """
+
+    def __init__(self, attention: Attention, *, D: int, rotary: bool = False, residual_scale: float = 1.0, rngs: nnx.Rngs):
+        dims = attention.dims
+        N, K, H = dims.num_heads, dims.num_kv_heads, dims.head_dim
+        self.attention = attention
+        self.rotary = rotary
+        self.dtype = dims.dtype
+        self.shares_query_key = getattr(attention, "shares_query_key", False)
+        if self.shares_query_key and K != N:
+            raise UserError(f"K={K}: this attention uses its queries as keys, so key/value heads must equal query heads, K={N}")
+        if rotary and H % 2:
+            raise UserError(f"H={H}: rotary positions turn channels in pairs, so the head dim must be even; nearest: {H + 1}")
+        query_key, key_key, value_key, out_key = jax.random.split(rngs.params(), 4)
+        self.query = normal(query_key, (D, N, H), D**-0.5)
+        if not self.shares_query_key:
+            self.key = normal(key_key, (D, K, H), D**-0.5)
+        self.value = normal(value_key, (D, K, H), D**-0.5)
+        self.out = normal(out_key, (N, H, D), residual_scale * (N * H) ** -0.5)
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        memory_BSD: Float[Array, "B S D"] | None = None,
+        *,
+        valid_BS: Bool[Array, "B S"] | None = None,
+        key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Attends from x over the valid positions of `memory`, or of x itself; `key` is the variant's random key."""
+        source_BSD = x_BTD if memory_BSD is None else memory_BSD
+        q_BTNH = self._heads(x_BTD, self.query)
+        if memory_BSD is None and self.shares_query_key:
+            k_BSKH = q_BTNH
+        else:
+            k_BSKH = self._heads(source_BSD, self.query if self.shares_query_key else self.key)
+        v_BSKH = self._heads(source_BSD, self.value)
+        if self.rotary and memory_BSD is None:
+            positions_T = jnp.arange(x_BTD.shape[1])
+            q_BTNH, k_BSKH = rotate(q_BTNH, positions_T), rotate(k_BSKH, positions_T)
+        o_BTNH = self.attention(q_BTNH, k_BSKH, v_BSKH, valid_BS=valid_BS, key=key)
+        return jnp.einsum("BTNH,NHD->BTD", o_BTNH, self.out[...].astype(self.dtype))
+
+    def _heads(self, x_BTD: Array, kernel: nnx.Param) -> Array:
+        return jnp.einsum("BTD,DNH->BTNH", x_BTD, kernel[...].astype(self.dtype))

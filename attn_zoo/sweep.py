@@ -1,0 +1,184 @@
+"""A sweep: its cells, each in a process of its own with a time limit, skipping what is done and going on where it stopped."""
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from attn_zoo.attention import parse_variants, variant_text
+from attn_zoo.config import Cell, Experiment
+from attn_zoo.ops.backends import check_backend
+from attn_zoo.progress import Display
+from attn_zoo.results import load_records, load_sweep, record_path, write_record
+from attn_zoo.spec import UserError, check
+from attn_zoo.tasks import load_task
+
+FAILED = ("error", "timeout")  # statuses that make a sweep exit with 1; oom, nan and unsupported are results
+SHARED = ("name", "task", "model", "attention", "train", "measure")  # what all records of one workdir have in common
+
+
+def cells(experiment: Experiment, data_dir: str) -> list[Cell]:
+    """Length by length, every variant, every seed; with variants in canonical form. Raises UserError for anything no cell could run with."""
+    variants = [specs for text in experiment.variants for specs in parse_variants(text)]
+    for specs in variants:
+        layers = experiment.model.layers
+        check(len(specs) <= layers, "variants", variant_text(specs), f"lists {len(specs)} layers, but model.layers={layers}")
+    check_backend(experiment.attention.backend)
+    for T in experiment.seq_lens:
+        load_task(experiment.task, T, data_dir)
+    shared = {name: getattr(experiment, name) for name in ("task", "model", "attention", "train", "measure")}
+    every = [Cell(variant_text(v), T, seed, **shared) for T in experiment.seq_lens for v in variants for seed in experiment.seeds]
+    return list(dict.fromkeys(every))
+
+
+def claim(workdir: str, experiment: Experiment, cells: list[Cell]) -> None:
+    """Writes workdir/sweep.json; cells of earlier runs stay in it. Raises UserError if the workdir belongs to another sweep."""
+    mine = dataclasses.asdict(experiment)
+    listed = [{"id": c.id, "variant": c.variant, "seq_len": c.seq_len, "seed": c.seed} for c in cells]
+    earlier = load_sweep(workdir)
+    if earlier is not None:
+        check_same_sweep(workdir, json.loads(json.dumps(mine)), earlier["experiment"])
+        ids = {c["id"] for c in listed}
+        listed += [c for c in earlier["cells"] if c["id"] not in ids]
+    Path(workdir).mkdir(parents=True, exist_ok=True)
+    temporary = Path(workdir, f".sweep.json.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps({"experiment": mine, "cells": listed}, indent=1) + "\n")
+    os.replace(temporary, Path(workdir, "sweep.json"))
+
+
+def check_same_sweep(workdir: str, mine: dict, theirs: dict) -> None:
+    """Raises UserError naming the first setting in which two sweeps differ; variants, lengths, seeds and time limit may."""
+    for name in SHARED:
+        if mine[name] != theirs.get(name):
+            a, b = mine[name], theirs.get(name)
+            key = next((k for k in a if not isinstance(b, dict) or a[k] != b.get(k)), None) if isinstance(a, dict) else None
+            where, a, b = (name, a, b) if key is None else (f"{name}.{key}", a[key], b.get(key) if isinstance(b, dict) else None)
+            raise UserError(f"workdir {workdir} belongs to another sweep: there {where} is {b!r}, here {a!r}; choose another --workdir")
+
+
+def run(experiment: Experiment, workdir: str, data_dir: str, display: Display, retry: bool = False) -> list[dict[str, Any]]:
+    """Runs the cells that have no record yet, one at a time, and returns the records of all. With `retry`, also those that failed.
+
+    On KeyboardInterrupt the running cell is stopped with its children, and the interrupt goes on to the caller.
+    """
+    todo = cells(experiment, data_dir)
+    Path(workdir).mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(Path(workdir, ".lock"), timeout=0)
+    try:
+        with lock:
+            claim(workdir, experiment, todo)
+            return _run_claimed(experiment, todo, workdir, data_dir, display, retry)
+    except filelock.Timeout:
+        raise UserError(f"another sweep is running in {workdir}; wait for it, or choose another --workdir") from None
+
+
+def _run_claimed(experiment, todo, workdir, data_dir, display, retry):
+    asked = {cell.id for cell in todo}
+    done = {r["id"]: r for r in load_records(workdir) if r["id"] in asked}
+    left = [c for c in todo if c.id not in done or (retry and done[c.id]["status"] in FAILED)]
+    with display:
+        display.begin(len(todo), len(todo) - len(left))
+        if left:
+            # Once, before anything is timed; the longest sequences ask most of the data.
+            display.note(f"preparing {experiment.task}")
+            load_task(experiment.task, max(experiment.seq_lens), data_dir).prepare()
+        for cell in left:
+            display.start(cell)
+            done[cell.id] = run_cell(cell, workdir, data_dir, experiment.timeout_s, display)
+            display.finish(done[cell.id])
+    return [done[cell.id] for cell in todo]
+
+
+def run_cell(cell: Cell, workdir: str, data_dir: str, timeout_s: float, display: Display) -> dict[str, Any]:
+    """Runs one cell in a process and returns its record, which stands on disk by then, whatever became of the process."""
+    log = Path(workdir, "logs", f"{cell.id}.log")
+    log.parent.mkdir(exist_ok=True)
+    path = record_path(workdir, cell.id)
+    path.unlink(missing_ok=True)
+    job = {"cell": dataclasses.asdict(cell), "workdir": str(workdir), "data_dir": str(data_dir)}
+    oom_kills, started = _oom_kills(), time.monotonic()
+    with open(log, "w") as stderr:
+        # A session of its own: Ctrl-C reaches this process alone, which then stops the cell with all its children.
+        process = subprocess.Popen(
+            [sys.executable, "-m", "attn_zoo.cell"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True
+        )
+        timed_out = False
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it died at once: its log and exit status say why
+                process.stdin.write(json.dumps(job))
+                process.stdin.close()
+            for event in _events(process, started + timeout_s):
+                display.event(event)
+        except TimeoutError:
+            timed_out = True
+        finally:
+            stop(process)
+    if not path.exists():
+        seconds = time.monotonic() - started
+        status, message = _explain(process.returncode, timed_out, timeout_s, _oom_kills() > oom_kills, log)
+        provenance = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "seconds": {"total": seconds}}
+        write_record(workdir, {"id": cell.id, "status": status, "message": message, "cell": dataclasses.asdict(cell), "provenance": provenance})
+    return json.loads(path.read_text())
+
+
+def stop(process: subprocess.Popen, patience_s: float = 3.0) -> None:
+    """Ends the process and its whole session: asks, waits, then kills."""
+    for sig in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, sig)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience_s)
+            return
+
+
+def _events(process: subprocess.Popen, deadline: float) -> Iterator[dict]:
+    """The process's events until it closes its output. Raises TimeoutError at the deadline."""
+    lines: queue.Queue = queue.Queue()
+
+    def read():
+        for line in process.stdout:
+            lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        try:
+            line = lines.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            raise TimeoutError from None
+        if line is None:
+            process.wait(max(0.1, deadline - time.monotonic()))
+            return
+        yield json.loads(line)
+
+
+def _explain(returncode: int, timed_out: bool, timeout_s: float, oom_killed: bool, log: Path) -> tuple[str, str]:
+    """(status, message) of a cell that left no record."""
+    if timed_out:
+        return "timeout", f"stopped after timeout_s={timeout_s:g}"
+    if returncode == -signal.SIGKILL and oom_killed:
+        return "oom", "killed by the system, which ran out of memory"
+    how = f"killed by {signal.Signals(-returncode).name}" if returncode < 0 else f"exit status {returncode}"
+    last = (log.read_text(errors="replace").strip().splitlines() or [""])[-1]
+    return "error", f"{how}: {last}" if last else how
+
+
+def _oom_kills() -> int:
+    """How often Linux has killed for memory since it started; 0 where it does not tell."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)

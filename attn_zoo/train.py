@@ -1,0 +1,258 @@
+"""Training: the state, the jitted steps, the loop, and resuming from Orbax checkpoints.
+
+Data-parallel over a one-axis mesh of local devices: the state is replicated, batches are split. Inside shard_map every device runs
+the model on its own rows, so no variant has to know how its loops would be partitioned, and gradients are summed across devices.
+The model is split into a static graph and pure dicts, which cost a third of a Flax State to dispatch.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+from attn_zoo import config
+from attn_zoo.attention import Attention, Loss, Statistic, parse_variant
+from attn_zoo.measure import compile_timed
+from attn_zoo.models import Transformer
+from attn_zoo.tasks.base import Batch, Task
+
+if TYPE_CHECKING:
+    from attn_zoo.checkpoints import Checkpoints
+
+State = dict[str, Any]  # params, rest (variables that are not trained), optimizer, key, step: one pytree of arrays
+
+
+class Diverged(Exception):
+    """The training loss is no longer finite."""
+
+
+class Model:
+    """A Transformer as a static graph and two pure dicts of arrays: what is trained, and the rest."""
+
+    def __init__(self, cell: config.Cell, task: Task):
+        def build() -> Transformer:
+            return Transformer(
+                cell.model,
+                variant=parse_variant(cell.variant),
+                attention=cell.attention,
+                inputs_vocab=task.inputs_vocab,
+                num_outputs=task.num_outputs,
+                max_len=cell.seq_len,
+                causal=task.causal,
+                per_token=task.per_token,
+                rngs=nnx.Rngs(cell.seed),
+            )
+
+        self._build = build
+        self.padded = task.padded
+        self.abstract = nnx.eval_shape(build)
+        self.graph, self._params, self._rest = nnx.split(self.abstract, nnx.Param, ...)
+        # Only such layers make the loop look at parameter values between steps.
+        self.specializes = any(type(b.mixer.attention).specialize is not Attention.specialize for b in self.abstract.blocks)
+
+    def init(self) -> tuple[dict, dict]:
+        """(params, rest), drawn in one jitted call."""
+
+        def init():
+            _, params, rest = nnx.split(self._build(), nnx.Param, ...)
+            return nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
+
+        return jax.jit(init)()
+
+    def bind(self, params: dict, rest: dict) -> Transformer:
+        """The module with these arrays in it."""
+        states = []
+        for template, pure in ((self._params, params), (self._rest, rest)):
+            state = jax.tree.map(lambda x: x, template)
+            nnx.replace_by_pure_dict(state, pure)
+            states.append(state)
+        return nnx.merge(self.graph, *states)
+
+    def specialize(self, params: dict, rest: dict) -> bool:
+        """Renews what layers derive from parameter values (adaptive span's window); True if steps must be compiled again."""
+        model = self.bind(params, rest)
+        for block in model.blocks:
+            block.mixer.attention.specialize()
+        graph = nnx.graphdef(model)
+        changed, self.graph = graph != self.graph, graph
+        return changed
+
+    def statistics(self, params: dict, rest: dict) -> dict[str, Any]:
+        """What layers left to be recorded, by path."""
+        leaves = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(nnx.state(self.bind(params, rest), Statistic)))[0]
+        return {".".join(str(k.key) for k in path): np.asarray(value).tolist() for path, value in leaves}
+
+    def sums(self, params: dict, rest: dict, batch: Batch, key: jax.Array | None) -> tuple[dict[str, jax.Array], dict]:
+        """Over the scored targets of the batch, sums of {entropy (nats), correct, weight}, and `own`: the layers' own loss. And the rest afterwards."""
+        model = self.bind(params, rest)
+        logits = model(batch["inputs"], valid_BT=batch["valid"] if self.padded else None, key=key)
+        weights = batch["weights"]
+        sums = {
+            "entropy": (optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"]) * weights).sum(),
+            "correct": ((logits.argmax(axis=-1) == batch["targets"]) * weights).sum(),
+            "weight": weights.sum(),
+            "own": sum((jnp.sum(x) for x in jax.tree.leaves(nnx.state(model, Loss))), jnp.zeros(())),
+        }
+        _, _, rest = nnx.split(model, nnx.Param, ...)
+        return sums, nnx.to_pure_dict(rest)
+
+
+def make_mesh(batch: int) -> Mesh:
+    """All local devices in one axis, or as many of them as divide the batch."""
+    devices = jax.local_devices()
+    return Mesh(np.array(devices[: math.gcd(batch, len(devices))]), "data")
+
+
+def make_optimizer(train: config.Train) -> optax.GradientTransformation:
+    """AdamW with linear warm-up, cosine decay and clipping; matrices decay, vectors (norms, biases, spans) do not."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, train.lr, train.warmup, max(train.steps, train.warmup + 1), train.lr * train.final_lr)
+    matrices = lambda params: jax.tree.map(lambda x: x.ndim >= 2, params)
+    adamw = optax.adamw(schedule, b1=train.b1, b2=train.b2, weight_decay=train.weight_decay, mask=matrices)
+    return optax.chain(optax.clip_by_global_norm(train.clip), adamw)
+
+
+class Steps(NamedTuple):
+    """Jitted functions of one model; batches are split over the mesh, all else is replicated."""
+
+    train: Callable  # (state, batch) -> (state, metrics); the state is donated
+    forward: Callable  # (params, rest, batch) -> sums
+    forward_backward: Callable  # (params, rest, batch) -> (metrics, gradients, rest)
+
+
+def make_steps(model: Model, train: config.Train, mesh: Mesh) -> Steps:
+    """The steps of `model` as it is specialized now."""
+    optimizer = make_optimizer(train)
+    devices = mesh.size
+
+    def gradients(params, rest, batch, key):
+        """Metrics over the global batch, gradients of mean cross-entropy plus the layers' own losses, and the rest; on one device's rows."""
+
+        def objective(params):
+            sums, after = model.sums(params, rest, batch, key)
+            weight = jax.lax.psum(sums["weight"], "data")
+            return sums["entropy"] / weight + sums["own"] / devices, (sums, after)
+
+        grads, (sums, after) = jax.grad(objective, has_aux=True)(params)
+        sums, grads = jax.lax.psum((sums, grads), "data")
+        after = jax.tree.map(lambda x: jax.lax.pmean(x, "data") if jnp.issubdtype(x.dtype, jnp.floating) else x, after)
+        metrics = {"loss": sums["entropy"] / sums["weight"], "accuracy": sums["correct"] / sums["weight"], "own_loss": sums["own"] / devices}
+        return metrics, grads, after
+
+    def train_step(state, batch):
+        key = jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"])
+        metrics, grads, rest = gradients(state["params"], state["rest"], batch, jax.random.fold_in(key, jax.lax.axis_index("data")))
+        updates, opt_state = optimizer.update(grads, state["optimizer"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        return state | {"params": params, "rest": rest, "optimizer": opt_state, "step": state["step"] + 1}, metrics
+
+    def forward(params, rest, batch):
+        return jax.lax.psum(model.sums(params, rest, batch, None)[0], "data")
+
+    def forward_backward(params, rest, batch):
+        return gradients(params, rest, batch, None)
+
+    def sharded(function, arguments, **jit):
+        # Replication is by construction (everything returned was summed over devices); tracking it through custom gradients would fail.
+        specs = (P(),) * (arguments - 1) + (P("data"),)
+        return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False), **jit)
+
+    return Steps(sharded(train_step, 2, donate_argnums=0), sharded(forward, 3), sharded(forward_backward, 3))
+
+
+def fresh_state(model: Model, cell: config.Cell) -> State:
+    """The state before the first step."""
+    params, rest = model.init()
+    key = jax.random.key_data(jax.random.key(cell.seed, impl="threefry2x32"))
+    return {"params": params, "rest": rest, "optimizer": jax.jit(make_optimizer(cell.train).init)(params), "key": key, "step": jnp.zeros((), jnp.int32)}
+
+
+def batch_size(cell: config.Cell) -> int:
+    """Sequences a step: as many as tokens_per_step allows, at least one."""
+    return max(1, cell.train.tokens_per_step // cell.seq_len)
+
+
+@dataclasses.dataclass
+class Trained:
+    """What training leaves: the state, the curve, the scores on held-out data, and what it took."""
+
+    state: State
+    curve: dict[str, list]
+    scores: dict[str, float]
+    compile: dict[str, float]  # of the first compilation
+    compilations: int
+    train_step: Callable  # compiled, as the model is specialized at the end
+    resumed_from: int | None  # step
+
+
+def train(cell: config.Cell, task: Task, model: Model, mesh: Mesh, checkpoints: "Checkpoints | None", report: Callable[..., None]) -> Trained:
+    """Trains one cell to its last step and evaluates it, from its newest readable checkpoint if there is one. Raises Diverged on NaN.
+
+    `report(step=, loss=, tokens_per_s=)` hears of progress. The curve's seconds are of training alone: no compilation, evaluation or saving.
+    """
+    c, B = cell.train, batch_size(cell)
+    split, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+    batches = task.train_iterator(B, cell.seed)
+    state = jax.device_put(fresh_state(model, cell), replicated)
+    curve = {"step": [], "train_loss": [], "seconds": [], "eval_step": [], "eval_loss": []}
+    elapsed, resumed_from = 0.0, None
+    if checkpoints is not None and (restored := checkpoints.restore(state, batches)) is not None:
+        state, curve, elapsed = restored
+        resumed_from = int(state["step"])
+
+    model.specialize(state["params"], state["rest"])
+    steps = make_steps(model, c, mesh)
+    example = jax.device_put(task.eval_batches(B, B * cell.seq_len)[0], split)
+    train_step, compiled = compile_timed(steps.train, state, example)
+    compilations, eval_batches = 1, None
+    wait_for_each = mesh.size > 1 and jax.default_backend() == "cpu"  # several CPU devices deadlock on queued collectives
+
+    clock, done_before = time.perf_counter(), elapsed
+    for step in range(int(state["step"]) + 1, c.steps + 1):
+        state, metrics = train_step(state, jax.device_put(next(batches), split))
+        if wait_for_each:
+            jax.block_until_ready(metrics)
+        evaluate_now = c.eval_every and step % c.eval_every == 0 and step < c.steps
+        save_now = checkpoints is not None and step % c.checkpoint_every == 0 and step < c.steps
+        if step == 1 or step % c.log_every == 0 or step == c.steps or evaluate_now or save_now or model.specializes:
+            loss = float(metrics["loss"])  # waits for the step; between such steps nothing waits
+            elapsed, clock = elapsed + time.perf_counter() - clock, time.perf_counter()
+            if not math.isfinite(loss):
+                raise Diverged(f"training loss is {loss} at step {step}")
+        if step == 1 or step % c.log_every == 0 or step == c.steps:
+            for name, value in (("step", step), ("train_loss", loss), ("seconds", elapsed)):
+                curve[name].append(value)
+            report(step=step, loss=loss, tokens_per_s=(step - (resumed_from or 0)) * B * cell.seq_len / (elapsed - done_before))
+        if evaluate_now:
+            eval_batches = eval_batches or task.eval_batches(B, c.eval_tokens)
+            curve["eval_step"].append(step)
+            curve["eval_loss"].append(evaluate(steps.forward, state, eval_batches, split)["eval_loss"])
+        if model.specializes and model.specialize(state["params"], state["rest"]):
+            steps = make_steps(model, c, mesh)
+            train_step, _ = compile_timed(steps.train, state, example)
+            compilations += 1
+        if save_now:
+            checkpoints.save(step, state, batches, curve, elapsed)
+        if evaluate_now or save_now or model.specializes:
+            clock = time.perf_counter()
+
+    scores = evaluate(steps.forward, state, eval_batches or task.eval_batches(B, c.eval_tokens), split)
+    curve["eval_step"].append(c.steps)
+    curve["eval_loss"].append(scores["eval_loss"])
+    return Trained(state, curve, scores, compiled, compilations, train_step, resumed_from)
+
+
+def evaluate(forward: Callable, state: State, batches: list[Batch], sharding: NamedSharding) -> dict[str, float]:
+    """{'eval_loss' (nats), 'eval_accuracy'} over all scored targets of the batches."""
+    totals = {"entropy": 0.0, "correct": 0.0, "weight": 0.0}
+    for batch in batches:
+        sums = forward(state["params"], state["rest"], jax.device_put(batch, sharding))
+        totals = {name: total + float(sums[name]) for name, total in totals.items()}
+    return {"eval_loss": totals["entropy"] / totals["weight"], "eval_accuracy": totals["correct"] / totals["weight"]}

@@ -1,0 +1,55 @@
+import hashlib
+
+import numpy as np
+import pytest
+
+from attn_zoo.spec import parse_one
+from attn_zoo.tasks import TASKS, Bytes, load_task
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def corpus_root(tmp_path_factory):
+    """120 small files, an empty one, one that is not UTF-8, and what must be left out."""
+    root = tmp_path_factory.mktemp("stdlib")
+    for i in range(120):
+        path = root / f"package_{i % 7}" / f"module_{i}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(f"def f_{i}_{j}(x):\n    return {i} * x + {j * j % 89}\n" for j in range(i % 13 + 3)))
+    (root / "empty.py").touch()
+    (root / "latin.py").write_bytes("# -*- coding: latin-1 -*-\nname = 'Gödel'\n".encode("latin-1"))
+    (root / "notes.txt").write_text("not Python")
+    for excluded in ("site-packages", "package_1/test", "package_2/__pycache__"):
+        (root / excluded).mkdir()
+        (root / excluded / "excluded.py").write_text("raise SystemExit")
+    return root
+
+
+@pytest.fixture(scope="session")
+def make_task(data_dir, corpus_root):
+    """load_task, with the small corpus in the place of the standard library."""
+
+    def make(spec: str, seq_len: int):
+        parsed = parse_one(spec)
+        if TASKS[parsed.name] is Bytes:
+            return Bytes(parsed.resolve("task", Bytes.Options), seq_len, data_dir, root=str(corpus_root))
+        return load_task(spec, seq_len, data_dir)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def checksum():
+    """12 hex digits over arrays or numbers: what is pinned cannot drift in silence."""
+
+    def of(*arrays) -> str:
+        digest = hashlib.sha256()
+        for array in map(np.asarray, arrays):
+            digest.update(f"{array.dtype.str}{array.shape}".encode() + array.tobytes())
+        return digest.hexdigest()[:12]
+
+    return of
