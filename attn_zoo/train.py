@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from attn_zoo import config
 from attn_zoo.attention import Attention, Loss, Statistic, parse_variant
 from attn_zoo.measure import compile_timed
-from attn_zoo.models import Transformer
+from attn_zoo.models import Transformer, compiler_options
 from attn_zoo.tasks.base import Batch, Task
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class Model:
 
         self._build = build
         self.padded = task.padded
+        self.compiler_options = compiler_options(cell.model)
         self.abstract = nnx.eval_shape(build)
         self.graph, self._params, self._rest = nnx.split(self.abstract, nnx.Param, ...)
         # Only such layers make the loop look at parameter values between steps.
@@ -162,7 +163,8 @@ def make_steps(model: Model, train: config.Train, mesh: Mesh) -> Steps:
     def sharded(function, arguments, **jit):
         # Replication is by construction (everything returned was summed over devices); tracking it through custom gradients would fail.
         specs = (P(),) * (arguments - 1) + (P("data"),)
-        return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False), **jit)
+        inside = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
+        return jax.jit(inside, compiler_options=model.compiler_options, **jit)
 
     return Steps(sharded(train_step, 2, donate_argnums=0), sharded(forward, 3), sharded(forward_backward, 3))
 

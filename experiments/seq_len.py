@@ -13,7 +13,7 @@ experiment = Experiment(
     task="bytes(objective='masked', mask_rate=0.3)",
     variants=("full", "local(window=64)", "strided", "block(block=32)", "linear", "linformer(rank=64)", "adaptive_span(max_span=256, init=32)"),
     seq_lens=(256, 512, 1024, 2048),
-    model=Model(D=64, layers=2, N=4),
+    model=Model(D=64, layers=2, N=4, positions="rotary"),
     train=Train(steps=250, tokens_per_step=2048, lr=4e-3, warmup=30, log_every=10, eval_tokens=32768),
     measure=Measure(min_seconds=1.0),
     timeout_s=600,

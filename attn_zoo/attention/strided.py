@@ -8,12 +8,12 @@ the two parts share the diagonal alone, which the columns leave out, and are mer
 import dataclasses
 import math
 
-import jax.numpy as jnp
 import numpy as np
 
 from attn_zoo.attention.base import Attention, Paper, Variant, softmax_reference
 from attn_zoo.attention.pattern import pair_flops
 from attn_zoo.ops.blocked import block_sizes, blocked_attention
+from attn_zoo.ops.fold import fold, fold_valid, unfold
 from attn_zoo.ops.merge import merge
 from attn_zoo.ops.patterns import Band, Pattern
 from attn_zoo.spec import check_int
@@ -44,30 +44,13 @@ def column_pattern(causal: bool) -> Pattern:
     return Band(ahead=-1) if causal else ~Band(0, 0)
 
 
-def fold(x_BT, stride: int):
-    """[B, T, ...] -> [B stride, ceil(T / stride), ...]: the positions of equal remainder become one sequence."""
-    B, T, *rest = x_BT.shape
-    rows = -(-T // stride)
-    x = jnp.pad(x_BT, [(0, 0), (0, rows * stride - T)] + [(0, 0)] * len(rest)).reshape(B, rows, stride, *rest)
-    return x.swapaxes(1, 2).reshape(B * stride, rows, *rest)
-
-
-def unfold(x, stride: int, T: int):
-    """The inverse of `fold`."""
-    rows = x.shape[1]
-    x = x.reshape(-1, stride, *x.shape[1:]).swapaxes(1, 2)
-    return x.reshape(x.shape[0], rows * stride, *x.shape[3:])[:, :T]
-
-
 def strided_attention(q_BTNH, k_BSKH, v_BSKH, valid_BS, stride: int, causal: bool):
     """Attention over the near band and the columns, [B, T, N, H]."""
     B, T = q_BTNH.shape[:2]
     S = k_BSKH.shape[1]
     near = blocked_attention(q_BTNH, k_BSKH, v_BSKH, pattern=near_pattern(stride, causal), valid_BS=valid_BS)
-    if valid_BS is None and S % stride:
-        valid_BS = jnp.ones((B, S), bool)  # so that folding marks what it pads
-    valid = None if valid_BS is None else fold(valid_BS, stride)
-    columns = blocked_attention(*(fold(x, stride) for x in (q_BTNH, k_BSKH, v_BSKH)), pattern=column_pattern(causal), valid_BS=valid)
+    folded = (fold(x, stride) for x in (q_BTNH, k_BSKH, v_BSKH))
+    columns = blocked_attention(*folded, pattern=column_pattern(causal), valid_BS=fold_valid(valid_BS, B, S, stride))
     return merge(near, tuple(unfold(x, stride, T) for x in columns))[0]
 
 

@@ -35,7 +35,7 @@ def dropout(x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None) -> 
 
 
 class LayerNorm(nnx.Module):
-    """Layer normalization over D, computed in float32. Ba et al. 2016, eq. 4."""
+    """Layer normalization over D, computed in float32. Ba et al. 2016, sec. 3."""
 
     def __init__(self, D: int):
         self.scale = nnx.Param(jnp.ones(D))

@@ -1,19 +1,17 @@
 """The Transformer that every variant is put into: decoder or encoder, one model with two settings.
 
 Initialization: matrices are N(0, 1 / fan-in), so activations keep their scale at any width (GPT-2's fixed 0.02 is that
-value near D = 2,000, and starves the narrow models of a sweep on small machines); the projections that end a residual
+value at D = 2,500, and starves the narrow models of a sweep on small machines); the projections that end a residual
 branch are scaled by 1 / sqrt(2 layers), as in GPT-2 (Radford et al. 2019, sec. 2.3), so the sum of all branches does
 too. With one seed, everything outside the attention starts bit for bit the same whatever the variant.
 """
 
-import contextlib
 from collections.abc import Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.errors import TraceContextError
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from attn_zoo import config
@@ -21,6 +19,7 @@ from attn_zoo.attention import make_attention
 from attn_zoo.attention.base import Attention
 from attn_zoo.models.layers import EMBEDDING_STD, NORMS, Embedding, FeedForward, default_ffn_dim, dropout, normal
 from attn_zoo.models.multi_head import MultiHeadAttention
+from attn_zoo.models.remat import rematerialized
 from attn_zoo.spec import Spec, UserError
 
 
@@ -33,9 +32,8 @@ class Block(nnx.Module):
         self.pre = model.norm_position == "pre"
         self.dropout = model.dropout
         self.attention_norm = NORMS[model.norm](model.D)
-        self.mixer = MultiHeadAttention(
-            attention, D=model.D, rotary=model.positions == "rotary", residual_scale=residual_scale, rngs=rngs
-        )
+        rotary = model.positions == "rotary"
+        self.mixer = MultiHeadAttention(attention, D=model.D, rotary=rotary, residual_scale=residual_scale, rngs=rngs)
         self.ffn_norm = NORMS[model.norm](model.D)
         self.ffn = FeedForward(model.D, F, model.ffn, attention.dims.dtype, residual_scale, rngs)
 
@@ -49,28 +47,6 @@ class Block(nnx.Module):
         if self.pre:  # Xiong et al. 2020; the sum itself is normalized once, at the end of the model
             return x_BTD + dropout(branch(norm(x_BTD)), self.dropout, key)
         return norm(x_BTD + dropout(branch(x_BTD), self.dropout, key))
-
-
-def rematerialized(block: Block, x_BTD: Array, valid_BT: Array | None, key: Array | None) -> Array:
-    """Calls the block so that the backward pass recomputes it instead of keeping its activations.
-
-    jax.checkpoint wants a pure function, and the block may leave variables behind (losses, statistics, updated state):
-    they come out of the checkpointed function as outputs and are written back, unless a transformation closed over the
-    block, as in Attention.leave.
-    """
-    graph, params, others = nnx.split(block, nnx.Param, ...)
-
-    @jax.checkpoint
-    def run(params, others, x_BTD, valid_BT, key):
-        inner = nnx.merge(graph, params, others)
-        x_BTD = inner(x_BTD, valid_BT, key)
-        _, _, left = nnx.split(inner, nnx.Param, ...)
-        return x_BTD, left
-
-    x_BTD, left = run(params, others, x_BTD, valid_BT, key)
-    with contextlib.suppress(TraceContextError):
-        nnx.update(block, left)
-    return x_BTD
 
 
 class Transformer(nnx.Module):
