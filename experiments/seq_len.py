@@ -11,10 +11,10 @@ from attn_zoo.config import Experiment, Measure, Model, Train
 experiment = Experiment(
     name="seq_len",
     task="bytes(objective='masked', mask_rate=0.3)",
-    variants=("full", "local(window=64)", "strided", "block(block=32)", "linear", "linformer(rank=64)", "adaptive_span(max_span=256, init=32)"),
+    variants=("full", "local(window=64)", "strided", "block(block=32)", "linear", "linformer(rank=64)", "adaptive_span(max_span=128, init=48)"),
     seq_lens=(256, 512, 1024, 2048),
     model=Model(D=64, layers=2, N=4, positions="rotary"),
-    train=Train(steps=250, tokens_per_step=2048, lr=4e-3, warmup=30, log_every=10, eval_tokens=32768),
+    train=Train(steps=200, tokens_per_step=2048, lr=4e-3, warmup=30, log_every=10, eval_tokens=32768),
     measure=Measure(min_seconds=1.0),
     timeout_s=600,
 )

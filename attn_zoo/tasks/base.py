@@ -44,7 +44,8 @@ class Task(abc.ABC):
         """
         import grain
 
-        examples = grain.MapDataset.source(self.train_source()).seed(seed).shuffle().repeat().random_map(self.train_example)
+        # Grain's own endless repeat is sys.maxsize long, and a batch of one overflows it; nobody trains a million epochs.
+        examples = grain.MapDataset.source(self.train_source()).seed(seed).shuffle().repeat(10**6).random_map(self.train_example)
         # Two threads keep a few batches ready and then sleep, so that they do not disturb what is being timed.
         return iter(examples.batch(batch_size).to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 

@@ -48,11 +48,12 @@ def check_batch(task, batch, B):
     assert set(np.unique(batch["weights"])) <= {0.0, 1.0}
 
 
-def test_train_batches_keep_shapes_and_ranges(task):
-    for batch in itertools.islice(task.train_iterator(6, seed=0), 10):
-        check_batch(task, batch, 6)
+@pytest.mark.parametrize("B", [1, 6])
+def test_train_batches_keep_shapes_and_ranges(task, B):
+    for batch in itertools.islice(task.train_iterator(B, seed=0), 10):
+        check_batch(task, batch, B)
         assert batch["valid"].any(axis=1).all()
-        assert batch["weights"].reshape(6, -1).any(axis=1).all(), "a row without anything to learn"
+        assert batch["weights"].reshape(B, -1).any(axis=1).all(), "a row without anything to learn"
 
 
 def test_every_registered_task_is_covered():
