@@ -10,7 +10,7 @@ sweep: $(READY)
 	.venv/bin/python launch.py --config=experiments/seq_len.py --workdir=results/seq_len
 
 test: $(READY)
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2
 
 venv: $(READY)
 

@@ -1,0 +1,165 @@
+"""Which backend runs, why one is refused, and that all of them lower for the accelerators they are for."""
+
+import re
+
+import jax
+import jax._src.cudnn.fused_attention_stablehlo as cudnn
+import jax.numpy as jnp
+import pytest
+
+from attn_zoo import VARIANTS, make_attention
+from attn_zoo.ops import backends
+from attn_zoo.ops.backends import attention, choose
+from attn_zoo.ops.patterns import CAUSAL, FULL, Band, Prefix
+from attn_zoo.spec import UserError
+
+SHAPES = {dtype: [jax.ShapeDtypeStruct((2, 48, heads, 16), dtype) for heads in (4, 2, 2)] for dtype in (jnp.float32, jnp.bfloat16)}
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """JAX says that it runs on a GPU, with a recent cuDNN."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+
+
+def layer(spec, dtype=jnp.bfloat16, causal=True, backend="cudnn", N=4, H=16):
+    return make_attention(spec, num_heads=N, num_kv_heads=2, head_dim=H, max_len=48, causal=causal, dtype=dtype, backend=backend)
+
+
+# What cuDNN serves without a dense mask.
+SERVED = {
+    "full-bf16": (FULL, jnp.bfloat16, 64),
+    "full-f16": (FULL, jnp.float16, 256),
+    "causal": (CAUSAL, jnp.bfloat16, 8),
+    "causal-window": (Band(128, 0), jnp.bfloat16, 64),
+    "causal-window-of-one": (Band(0, 0), jnp.bfloat16, 64),
+}
+# pattern, dtype, head dim, masked, modified, and words of the reason
+REFUSED = {
+    "f32": (FULL, jnp.float32, 64, False, False, "bfloat16 or float16, not float32"),
+    "key-validity": (CAUSAL, jnp.bfloat16, 64, True, False, "validity"),
+    "score-mod": (CAUSAL, jnp.bfloat16, 64, False, True, "modify scores"),
+    "window-on-both-sides": (Band(128, 128), jnp.bfloat16, 64, False, False, "causal-window"),
+    "window-ahead": (Band(128, -1), jnp.bfloat16, 64, False, False, "causal-window"),
+    "all-but-the-past": (Band(0, None), jnp.bfloat16, 64, False, False, "causal-window"),
+    "sparse": (CAUSAL & Prefix(8), jnp.bfloat16, 64, False, False, "causal-window"),
+    "head-dim-not-of-8": (FULL, jnp.bfloat16, 60, False, False, "multiple of 8 up to 256, not 60"),
+    "head-dim-over-256": (FULL, jnp.bfloat16, 264, False, False, "multiple of 8 up to 256, not 264"),
+}
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_cudnn_where_it_serves(name, monkeypatch):
+    assert choose("auto", *SERVED[name]) == "xla"  # on a CPU
+    assert choose("cudnn", *SERVED[name]) == "cudnn"  # asked for, so that lowering can be tested anywhere
+    for platform, expected in (("gpu", "cudnn"), ("tpu", "xla")):
+        monkeypatch.setattr(jax, "default_backend", lambda: platform)
+        assert choose("auto", *SERVED[name]) == expected
+        assert choose("xla", *SERVED[name]) == "xla"
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_the_reason_when_forced_and_xla_otherwise(name, gpu):
+    *case, masked, modified, reason = REFUSED[name]
+    with pytest.raises(UserError, match=f"attention.backend='cudnn' cannot serve here: .*{reason}.*; use auto or xla"):
+        choose("cudnn", *case, masked=masked, modified=modified)
+    for backend in ("auto", "xla"):
+        assert choose(backend, *case, masked=masked, modified=modified) == "xla"
+
+
+@pytest.mark.parametrize("make", [lambda b: choose(b, FULL, jnp.bfloat16, 64), lambda b: layer("strided", backend=b)], ids=["choose", "make_attention"])
+def test_an_unknown_backend_names_the_nearest(make):
+    with pytest.raises(UserError, match="attention.backend='cudn': must be one of auto, xla, cudnn; did you mean 'cudnn'"):
+        make("cudn")
+
+
+def called(attention, dtype=jnp.bfloat16, valid=None):
+    """Traces a call, without running it."""
+    return jax.eval_shape(lambda *args: attention(*args, valid_BS=valid), *SHAPES[dtype])
+
+
+@pytest.mark.parametrize("spec", ["strided", "block", "linear", "adaptive_span", "local(window=8)-bidirectional", "full-f32", "full-masked"])
+def test_a_forced_backend_is_an_error_for_what_it_cannot_serve(spec, gpu):
+    spec, _, case = spec.partition("-")
+    dtype = jnp.float32 if case == "f32" else jnp.bfloat16
+    attention = layer(spec, dtype, causal=case != "bidirectional")
+    with pytest.raises(UserError, match=r"attention.backend='cudnn' .*use auto or xla"):
+        called(attention, dtype, jnp.ones((2, 48), bool) if case == "masked" else None)
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The names of the backends that run, in order."""
+    names = []
+    for name in backends.RUN:
+        monkeypatch.setitem(backends.RUN, name, lambda q, *args, name=name, **kwargs: names.append(name) or q)
+    return names
+
+
+AUTO = {  # spec, causal, dtype, masked, what runs on a GPU
+    "full": ("full", False, jnp.bfloat16, False, "cudnn"),
+    "full-causal": ("full", True, jnp.bfloat16, False, "cudnn"),
+    "full-masked": ("full", True, jnp.bfloat16, True, "xla"),
+    "full-f32": ("full", True, jnp.float32, False, "xla"),
+    "local-causal": ("local(window=8)", True, jnp.bfloat16, False, "cudnn"),
+    "local-bidirectional": ("local(window=8)", False, jnp.bfloat16, False, "xla"),
+    "block": ("block(block=8)", True, jnp.bfloat16, False, "xla"),
+    "adaptive_span": ("adaptive_span", True, jnp.bfloat16, False, "xla"),
+    "linformer-masked": ("linformer(rank=8)", False, jnp.bfloat16, True, "cudnn"),  # its slots are all valid
+}
+
+
+@pytest.mark.parametrize("name", AUTO)
+def test_auto_on_a_gpu_runs_what_the_record_says(name, gpu, ran):
+    spec, causal, dtype, masked, expected = AUTO[name]
+    attention = layer(spec, dtype, causal, backend="auto")
+    assert attention.plan(48, 48, masked)["backend"] == attention.backend(masked) == expected
+    called(attention, dtype, jnp.ones((2, 48), bool) if masked else None)
+    assert ran == [expected]
+
+
+def test_arrays_of_another_dtype_do_not_change_the_recorded_backend(gpu, ran):
+    """Built for float32 and called in bfloat16: what runs is what the layer says, or the call is refused."""
+    attention = layer("full", jnp.float32, backend="auto")
+    try:
+        called(attention, jnp.bfloat16)
+    except UserError:
+        return
+    assert ran == [attention.backend()]
+
+
+def lowered(f, shapes, platforms):
+    """StableHLO of the function and its gradients, on a machine that may have none of these platforms."""
+    both = jax.value_and_grad(lambda *args: f(*args).astype(jnp.float32).sum(), argnums=(0, 1, 2))
+    return jax.jit(both).trace(*shapes).lower(lowering_platforms=platforms).as_text()
+
+
+@pytest.mark.parametrize(
+    "pattern, mask_type, window", [(FULL, "NO_MASK", 0), (CAUSAL, "CAUSAL", 0), (Band(16, 0), "CAUSAL", 17)], ids=["full", "causal", "causal-window"]
+)
+def test_cudnn_lowers_to_its_fused_kernels(pattern, mask_type, window, gpu):
+    text = lowered(lambda q, k, v: attention(q, k, v, pattern=pattern, scale=0.5, backend="cudnn"), SHAPES[jnp.bfloat16], ("cuda",))
+    calls = [line for line in text.splitlines() if "custom_call" in line]
+    assert [re.search(r"__cudnn\$\w+", call)[0] for call in calls] == ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
+    for call in calls:
+        for key, value in (("mask_type", rf"\22{mask_type}\22"), ("sliding_window_length", str(window)), ("fmha_scale", "0.5")):
+            assert rf"\22{key}\22: {value}" in call
+    assert "48x48" not in text, "a dense mask or score matrix"
+
+
+def test_grouped_heads_reach_cudnn_as_they_are(gpu):
+    text = lowered(lambda q, k, v: attention(q, k, v, pattern=CAUSAL, backend="cudnn"), SHAPES[jnp.bfloat16], ("cuda",))
+    forward = next(line for line in text.splitlines() if "fmhaSoftmax(" in line)
+    assert forward.count("tensor<2x48x2x16xbf16>") == 2, "keys and values with their own two heads"
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_xla_lowers_for_every_accelerator(name, causal):
+    if causal and VARIANTS[name].causal is not True:
+        pytest.skip(f"{name} cannot be causal")
+    attention = layer(name, causal=causal, backend="xla")
+    valid = jnp.arange(48)[None] < jnp.array([[48], [30]])
+    text = lowered(lambda q, k, v: attention(q, k, v, valid_BS=valid), SHAPES[jnp.bfloat16], ("cuda", "tpu"))
+    assert "__cudnn" not in text

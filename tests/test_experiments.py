@@ -1,0 +1,53 @@
+"""Experiments cannot rot: each one loads, its cells are valid, and its models build."""
+
+import ast
+import dataclasses
+import runpy
+from pathlib import Path
+
+import pytest
+
+from attn_zoo import sweep, train
+from attn_zoo.attention import VARIANTS, parse_variant
+from attn_zoo.spec import Unsupported
+from attn_zoo.tasks import load_task
+
+FOLDER = Path(__file__).parents[1] / "experiments"
+
+
+def defines_experiment(path: Path) -> bool:
+    names = {target.id for node in ast.parse(path.read_text()).body if isinstance(node, ast.Assign) for target in node.targets if isinstance(target, ast.Name)}
+    return "experiment" in names
+
+
+FILES = [path for path in sorted(FOLDER.glob("*.py")) if defines_experiment(path)]
+
+
+def load(path: Path):
+    return runpy.run_path(str(path))["experiment"]
+
+
+def test_there_are_experiments():
+    assert {path.stem for path in FILES} >= {"seq_len", "causal_lm", "seq_len_gpu"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_an_experiment_is_named_as_its_file_which_says_how_to_run_it(path):
+    assert load(path).name == path.stem, "its results go to results/<name>"
+    assert f"experiments/{path.name}" in path.read_text() or f"make sweep" in path.read_text()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_model_of_an_experiment_builds(path, tmp_path):
+    experiment = load(path)
+    shortest_and_longest = dataclasses.replace(experiment, seq_lens=(min(experiment.seq_lens), max(experiment.seq_lens)), seeds=experiment.seeds[:1])
+    assert len(sweep.cells(experiment, str(tmp_path))) == len(experiment.variants) * len(experiment.seq_lens) * len(experiment.seeds)
+    for cell in sweep.cells(shortest_and_longest, str(tmp_path)):
+        task = load_task(cell.task, cell.seq_len, str(tmp_path))
+        refused = [spec.name for spec in parse_variant(cell.variant) if task.causal and VARIANTS[spec.name].causal is not True]
+        if refused:
+            with pytest.raises(Unsupported, match=refused[0]):
+                train.Model(cell, task)
+        else:
+            train.Model(cell, task)
+    assert not list(tmp_path.iterdir()), "building a model prepares no data"
