@@ -13,7 +13,7 @@ import signal
 import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
 from attn_zoo.config import Experiment, overlay
 from attn_zoo.spec import UserError
@@ -42,8 +42,8 @@ def load_experiment() -> Experiment:
         experiment = runpy.run_path(CONFIG.value).get("experiment")
     except UserError as e:
         raise UserError(f"--config={CONFIG.value}: {e}") from None
-    except Exception as e:  # any mistake in a file that a person wrote
-        raise UserError(f"--config={CONFIG.value}: {type(e).__name__}: {e}") from None
+    except (Exception, SystemExit) as e:  # any mistake in a file that a person wrote
+        raise UserError(f"--config={CONFIG.value}: {type(e).__name__}: {' '.join(str(e).split())}") from None
     if not isinstance(experiment, Experiment):
         raise UserError(f"--config={CONFIG.value}: must define `experiment`, an attn_zoo.config.Experiment")
     changes = {}
@@ -113,8 +113,11 @@ def entry() -> None:
     """Parses flags and runs; bad input ends in one line and exit status 2."""
 
     def parse(argv):
+        if {"-h", "--help", "--helpshort", "--helpfull"} & set(argv):
+            print(f"{__doc__}\n{flags.FLAGS.get_help()}")
+            sys.exit(0)
         try:
-            return app.parse_flags_with_usage(argv) if "--help" in argv or "--helpfull" in argv else flags.FLAGS(argv)
+            return flags.FLAGS(argv)
         except flags.Error as e:
             raise UserError(" ".join(str(e).split())) from None
 

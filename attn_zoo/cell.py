@@ -86,7 +86,7 @@ def _fill(record: dict, cell: Cell, workdir: str, data_dir: str, report: Callabl
     report(phase="measure")
     bound = model.bind(trained.state["params"], trained.state["rest"])
     flops = flops_per_step(bound, B, cell.seq_len)
-    record["flops"] = {"attention_per_step": flops["attention"], "model_per_step": flops["model"], "useful_per_step": flops["model"]}
+    record["flops"] = {"attention_per_step": flops["attention"], "model_per_step": flops["model"] - flops["attention"], "useful_per_step": flops["model"]}
     record["attention"] = _plans(bound, cell.seq_len, task)
     record["tokens_per_step"] = B * cell.seq_len
     record["compile"], record["speed"], record["memory"] = _measure(cell, task, model, mesh, trained)
@@ -101,7 +101,7 @@ def _fill(record: dict, cell: Cell, workdir: str, data_dir: str, report: Callabl
 def _plans(model, T: int, task: Task) -> dict[str, Any]:
     """What ran in each layer; `backend` is one name, or those that differ, joined."""
     plans = [block.mixer.attention.plan(T, T, masked=task.padded) for block in model.blocks]
-    return {"backend": "+".join(dict.fromkeys(plan["backend"] for plan in plans)), "layers": plans}
+    return {"backend": ", ".join(dict.fromkeys(plan["backend"] for plan in plans)), "layers": plans}
 
 
 def _measure(cell: Cell, task: Task, model: train.Model, mesh, trained: train.Trained) -> tuple[dict, dict, dict]:

@@ -46,6 +46,8 @@ class Model:
         check(self.N % (self.K or self.N) == 0, "K", self.K, f"must divide N={self.N}")
         check_number("dropout", self.dropout, 0, 0.99)
         _check_choices(self)
+        if self.positions == "rotary" and self.head_dim % 2:
+            raise UserError(f"H={self.head_dim}: rotary positions turn channels in pairs, so the head dim must be even; nearest: {self.head_dim + 1}")
 
     @property
     def head_dim(self) -> int:
@@ -128,6 +130,7 @@ class Experiment:
 
     def __post_init__(self):
         for name in ("variants", "seq_lens", "seeds"):
+            check(isinstance(getattr(self, name), (tuple, list)), name, getattr(self, name), "must be a tuple, with a comma even for one: (x,)")
             check(len(getattr(self, name)) > 0, name, getattr(self, name), "must not be empty")
         for T in self.seq_lens:
             check_int("seq_lens", T, 2)

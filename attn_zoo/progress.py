@@ -17,7 +17,7 @@ class Display:
     def __init__(self, console: Console | None = None):
         self.console = console or Console(highlight=False)
         self.live = self.console.is_terminal
-        columns = (MofNCompleteColumn(), BarColumn(bar_width=20), TimeElapsedColumn(), TextColumn("{task.fields[left]}"), TextColumn("{task.description}"))
+        columns = (MofNCompleteColumn(), BarColumn(bar_width=20), TimeElapsedColumn(), TextColumn("{task.fields[left]}"), TextColumn("{task.description}", markup=False))
         self.bar = Progress(*columns, console=self.console, transient=True, disable=not self.live)
         self.task = None
         self.seconds: list[float] = []  # of the cells run so far

@@ -89,7 +89,7 @@ def provenance_notes(records: list[dict[str, Any]]) -> list[str]:
     done = [r for r in records if r["status"] != "missing"] or records
     cell = done[0]["cell"]
     settings = [f"{group} {readable(cell[group])}" for group in ("model", "attention", "train") if cell.get(group)]
-    origin = [r["provenance"] for r in done if r.get("provenance")]
+    origin = [r["provenance"] for r in done if "device_kind" in (r.get("provenance") or {})]  # a cell that was killed could not say
     if not origin:
         return [f"Task `{cell['task']}`; {'; '.join(settings)}."]
     each = lambda key: list(dict.fromkeys(readable(p[key]) for p in origin if p.get(key) is not None))
@@ -116,7 +116,7 @@ def provenance_notes(records: list[dict[str, Any]]) -> list[str]:
 def cite(records: list[dict[str, Any]]) -> str:
     """BibTeX: an entry per paper of the variants used, by key, and one for this software."""
     papers = {paper["key"]: paper for r in records for paper in r.get("paper") or []}
-    origin = [r["provenance"] for r in records if r.get("provenance")]
+    origin = [r["provenance"] for r in records if "attn_zoo" in (r.get("provenance") or {})]
     entries = []
     for key, paper in sorted(papers.items()):
         journal = re.search(r"\b(arxiv|journal|transactions|letters|neural computation)\b", paper["venue"], re.IGNORECASE)

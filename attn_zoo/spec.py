@@ -34,6 +34,8 @@ def parse(text: str) -> list["Spec | list[Spec]"]:
         tree = ast.parse(f"({text}\n,)", mode="eval").body
     except SyntaxError:
         raise UserError(f"cannot read {text!r}: write specs as name or name(option=value), separated by commas") from None
+    if not isinstance(tree, ast.Tuple):  # unbalanced brackets that happen to close ours
+        raise UserError(f"cannot read {text!r}: write specs as name or name(option=value), separated by commas")
     return [[_spec(e) for e in _non_empty(node)] if isinstance(node, ast.List) else _spec(node) for node in tree.elts]
 
 
@@ -70,8 +72,9 @@ class Spec:
     def canonical(self, kind: str, cls: type) -> "Spec":
         """The same spec with options in the dataclass's order and defaults left out: one text for one meaning."""
         options = self.resolve(kind, cls)
-        changed = [(f.name, getattr(options, f.name)) for f in dataclasses.fields(cls) if getattr(options, f.name) != f.default]
-        return Spec(self.name, tuple(changed))
+        values = [(f, getattr(options, f.name)) for f in dataclasses.fields(cls)]
+        plain = lambda value: int(value) if isinstance(value, float) and value.is_integer() else value  # 64.0 and 64 are one value
+        return Spec(self.name, tuple((f.name, plain(value)) for f, value in values if value != f.default))
 
 
 def check(condition: bool, option: str, value: Any, rule: str) -> None:
@@ -82,7 +85,7 @@ def check(condition: bool, option: str, value: Any, rule: str) -> None:
 
 def check_choice(option: str, value: Any, valid) -> None:
     """An option that names one of a few choices."""
-    if value not in valid:
+    if value not in list(valid):  # not in a dict or set, where an unhashable value would be another error
         raise UserError(f"{option}={value!r}: must be one of {', '.join(map(repr, valid))}; {nearest(str(value), valid)}")
 
 
@@ -114,7 +117,13 @@ def _spec(node: ast.expr) -> Spec:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         if node.args:
             raise UserError(f"{ast.unparse(node)!r}: options are given by name, as in {node.func.id}(option={ast.unparse(node.args[0])})")
+        names = [k.arg for k in node.keywords]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise UserError(f"{ast.unparse(node)!r}: option {twice!r} is given twice")
         try:
+            if None in names:
+                raise ValueError("** holds no literal")
             return Spec(node.func.id, tuple((k.arg, ast.literal_eval(k.value)) for k in node.keywords))
         except (ValueError, TypeError):
             raise UserError(f"{ast.unparse(node)!r}: option values must be literals (numbers, strings, None, True, False)") from None

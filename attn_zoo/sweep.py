@@ -74,7 +74,11 @@ def run(experiment: Experiment, workdir: str, data_dir: str, display: Display, r
     On KeyboardInterrupt the running cell is stopped with its children, and the interrupt goes on to the caller.
     """
     todo = cells(experiment, data_dir)
-    Path(workdir).mkdir(parents=True, exist_ok=True)
+    for flag, folder in (("workdir", workdir), ("data_dir", data_dir)):
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"--{flag}={folder}: the folder cannot be made ({e.strerror})") from None
     lock = filelock.FileLock(Path(workdir, ".lock"), timeout=0)
     try:
         with lock:
@@ -134,13 +138,12 @@ def run_cell(cell: Cell, workdir: str, data_dir: str, timeout_s: float, display:
 
 
 def stop(process: subprocess.Popen, patience_s: float = 3.0) -> None:
-    """Ends the process and its whole session: asks, waits, then kills."""
+    """Ends the process and its whole process group: asks, waits, then kills whatever of it is left."""
     for sig in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, sig)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(patience_s)
-            return
 
 
 def _events(process: subprocess.Popen, deadline: float) -> Iterator[dict]:
@@ -159,7 +162,10 @@ def _events(process: subprocess.Popen, deadline: float) -> Iterator[dict]:
         except queue.Empty:
             raise TimeoutError from None
         if line is None:
-            process.wait(max(0.1, deadline - time.monotonic()))
+            try:
+                process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                raise TimeoutError from None
             return
         yield json.loads(line)
 

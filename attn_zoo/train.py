@@ -235,7 +235,7 @@ def train(cell: config.Cell, task: Task, model: Model, mesh: Mesh, checkpoints: 
         if evaluate_now:
             eval_batches = eval_batches or task.eval_batches(B, c.eval_tokens)
             curve["eval_step"].append(step)
-            curve["eval_loss"].append(evaluate(steps.forward, state, eval_batches, split)["eval_loss"])
+            curve["eval_loss"].append(evaluate(steps.forward, state, eval_batches, split, step)["eval_loss"])
         if model.specializes and model.specialize(state["params"], state["rest"]):
             steps = make_steps(model, c, mesh)
             train_step, _ = compile_timed(steps.train, state, example)
@@ -245,16 +245,18 @@ def train(cell: config.Cell, task: Task, model: Model, mesh: Mesh, checkpoints: 
         if evaluate_now or save_now or model.specializes:
             clock = time.perf_counter()
 
-    scores = evaluate(steps.forward, state, eval_batches or task.eval_batches(B, c.eval_tokens), split)
+    scores = evaluate(steps.forward, state, eval_batches or task.eval_batches(B, c.eval_tokens), split, c.steps)
     curve["eval_step"].append(c.steps)
     curve["eval_loss"].append(scores["eval_loss"])
     return Trained(state, curve, scores, compiled, compilations, train_step, resumed_from)
 
 
-def evaluate(forward: Callable, state: State, batches: list[Batch], sharding: NamedSharding) -> dict[str, float]:
-    """{'eval_loss' (nats), 'eval_accuracy'} over all scored targets of the batches."""
+def evaluate(forward: Callable, state: State, batches: list[Batch], sharding: NamedSharding, step: int) -> dict[str, float]:
+    """{'eval_loss' (nats), 'eval_accuracy'} over all scored targets of the batches. Raises Diverged if the loss is not finite."""
     totals = {"entropy": 0.0, "correct": 0.0, "weight": 0.0}
     for batch in batches:
         sums = forward(state["params"], state["rest"], jax.device_put(batch, sharding))
         totals = {name: total + float(sums[name]) for name, total in totals.items()}
+    if not math.isfinite(totals["entropy"]):
+        raise Diverged(f"evaluation loss is {totals['entropy']} at step {step}")
     return {"eval_loss": totals["entropy"] / totals["weight"], "eval_accuracy": totals["correct"] / totals["weight"]}

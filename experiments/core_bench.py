@@ -135,7 +135,15 @@ def _slopes(at: dict[int, dict]) -> list[str]:
 
 
 def main(_) -> None:
-    out = Path(OUT.value)
+    try:
+        run(Path(OUT.value))
+    except UserError as e:
+        print(f"core_bench.py: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run(out: Path) -> None:
+    """Measures unless told to report only, and writes records.json and table.md into `out`."""
     if not REPORT_ONLY.value:
         text = VARIANT_SPECS.value if VARIANT_SPECS.value is not None else ", ".join(VARIANTS)
         specs = [variant_text(entry) for entry in parse_variants(text)]

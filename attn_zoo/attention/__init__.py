@@ -12,7 +12,7 @@ from attn_zoo.attention.linformer import LINFORMER
 from attn_zoo.attention.local import LOCAL
 from attn_zoo.attention.strided import STRIDED
 from attn_zoo.ops.backends import check_backend
-from attn_zoo.spec import Spec, UserError, nearest, parse, parse_one
+from attn_zoo.spec import Spec, UserError, check, check_int, nearest, parse, parse_one
 
 # In the order of the table.
 VARIANTS: dict[str, Variant] = {
@@ -75,9 +75,10 @@ def make_attention(
     variant, options = find(spec)
     require(variant, causal)
     check_backend(backend)
-    K = num_kv_heads or num_heads
-    if num_heads % K:
-        raise UserError(f"num_kv_heads={K}: must divide num_heads={num_heads}")
+    K = num_heads if num_kv_heads is None else num_kv_heads
+    for name, value in (("num_heads", num_heads), ("num_kv_heads", K), ("head_dim", head_dim), ("max_len", max_len)):
+        check_int(name, value, 1)
+    check(num_heads % K == 0, "num_kv_heads", K, f"must divide num_heads={num_heads}")
     dims = Dims(num_heads, K, head_dim, max_len, causal, dtype, backend)
     attention = variant.build(options, dims, shared={} if shared is None else shared, rngs=rngs or nnx.Rngs(0))
     attention.variant = variant

@@ -64,16 +64,18 @@ class AdaptiveSpan(Attention):
     def __init__(self, options: Options, dims, *, shared: dict, rngs: nnx.Rngs):
         super().__init__(options, dims)
         self.ratio = nnx.Param(jnp.full((dims.num_heads,), options.init / options.max_span, jnp.float32))
-        self.window = self._window(float(options.init))
+        self.window = self._window(float(np.float32(options.max_span) * np.float32(options.init / options.max_span)))  # as learned_spans has it
         self.penalty = Loss(jnp.zeros(()))
         self.spans = Statistic(jnp.full((dims.num_heads,), options.init, jnp.float32))
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         span_N = self.learned_spans()
+        if self.window < self.dims.max_len:  # a span that outgrew the window since `specialize` makes NaN, rather than being cut unnoticed
+            span_N = jnp.where(self.options.ramp + span_N <= self.window + 1, span_N, jnp.nan)
         self.leave("penalty", self.options.penalty * span_N.mean())
         self.leave("spans", jax.lax.stop_gradient(span_N))
         mod = ScoreMod(lambda scores, i, j, span: _add_log_mask(scores, abs(i - j), span, self.options.ramp), span_N)
-        return backends.attention(q_BTNH, k_BSKH, v_BSKH, pattern=self.pattern(), valid_BS=valid_BS, score_mod=mod, backend=self.dims.backend)
+        return backends.attention(q_BTNH, k_BSKH, v_BSKH, pattern=self.pattern(), valid_BS=valid_BS, score_mod=mod, backend=self.backend(valid_BS is not None))
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         T, S = q_BTNH.shape[1], k_BSKH.shape[1]
@@ -91,7 +93,9 @@ class AdaptiveSpan(Attention):
         return Band(self.window, 0 if self.dims.causal else self.window)
 
     def specialize(self):
-        self.window = self._window(float(jnp.max(self.learned_spans())))
+        span = float(jnp.max(self.learned_spans()))
+        if math.isfinite(span):  # what is not shows in the loss
+            self.window = self._window(span)
 
     def _window(self, span: float) -> int:
         reach = math.ceil(self.options.ramp + span) - 1  # the largest whole distance with m > 0
@@ -112,7 +116,7 @@ class AdaptiveSpan(Attention):
 
 def _add_log_mask(scores, distance, span, ramp):
     m = soft_mask(distance, span, ramp)
-    return jnp.where(m > 0, scores + jnp.log(jnp.where(m > 0, m, 1.0)), NEG)
+    return jnp.where(m <= 0, NEG, scores + jnp.log(jnp.where(m <= 0, 1.0, m)))  # in this order NaN stays NaN
 
 
 def flops(options: Options, B: int, T: int, S: int, N: int, H: int, causal: bool) -> float:

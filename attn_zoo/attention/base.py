@@ -125,7 +125,8 @@ class Attention(nnx.Module):
         A layer that a JAX transformation closes over, instead of merging it inside, is a pure function there and leaves nothing.
         """
         try:
-            getattr(self, name)[...] = value
+            # A new variable, since the old one may belong to an outer trace (merged from closed-over state) where it cannot change.
+            setattr(self, name, getattr(self, name).replace(value))
         except TraceContextError:
             return
 

@@ -13,7 +13,7 @@ from attn_zoo.ops.linear import linear_attention
 from attn_zoo.spec import check_choice
 
 FEATURE_MAPS = {
-    "elu": lambda x: jax.nn.elu(x) + 1,  # Katharopoulos et al. 2020, eq. 7
+    "elu": lambda x: jnp.where(x > 0, x + 1, jnp.exp(jnp.minimum(x, 0))),  # elu(x) + 1, without cancellation. Katharopoulos et al. 2020, eq. 7
     "relu": jax.nn.relu,
 }
 

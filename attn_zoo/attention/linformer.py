@@ -56,7 +56,7 @@ class Linformer(Attention):
         self.value_projection = self.key_projection if options.share in ("kv", "layers") else projection()
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
-        return backends.attention(q_BTNH, *self.slots(k_BSKH, v_BSKH), pattern=FULL, backend=self.dims.backend)
+        return backends.attention(q_BTNH, *self.slots(k_BSKH, v_BSKH), pattern=FULL, backend=self.backend())
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         with jax.default_matmul_precision("highest"):

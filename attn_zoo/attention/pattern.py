@@ -17,7 +17,7 @@ class PatternAttention(Attention):
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         pattern = self.pattern(q_BTNH.shape[1], k_BSKH.shape[1])
-        return backends.attention(q_BTNH, k_BSKH, v_BSKH, pattern=pattern, valid_BS=valid_BS, backend=self.dims.backend)
+        return backends.attention(q_BTNH, k_BSKH, v_BSKH, pattern=pattern, valid_BS=valid_BS, backend=self.backend(valid_BS is not None))
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         T, S = q_BTNH.shape[1], k_BSKH.shape[1]

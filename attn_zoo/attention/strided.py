@@ -69,6 +69,9 @@ class Strided(Attention):
         mask = ((abs(i - j) < self.stride) | ((i - j) % self.stride == 0)) & ((j <= i) | (not self.dims.causal))
         return softmax_reference(q_BTNH, k_BSKH, v_BSKH, mask if valid_BS is None else mask & valid_BS[:, None, None, :])
 
+    def flops(self, B, T, S):
+        return pair_flops(count_pairs(self.stride, T, S, self.dims.causal), B, self.dims.num_heads, self.dims.head_dim)
+
     def plan(self, T, S, masked=False):
         q_block, k_block = block_sizes(near_pattern(self.stride, self.dims.causal), T, S)
         density = count_pairs(self.stride, T, S, self.dims.causal) / (T * S)

@@ -69,7 +69,7 @@ class Band(Pattern):
         low, high = i0 - j1, i1 - j0  # i - j takes every whole number between these
         back = np.inf if self.back is None else self.back
         ahead = np.inf if self.ahead is None else self.ahead
-        return (low <= back) & (high >= -ahead), (high <= back) & (low >= -ahead)
+        return (low <= back) & (high >= -ahead) & (back >= -ahead), (high <= back) & (low >= -ahead)
 
     @property
     def exact(self):
@@ -167,7 +167,10 @@ class And(Pattern):
     @property
     def exact(self):
         # Three intervals on a line (two bands and a block's range of i - j) that meet pairwise meet in one point.
-        return isinstance(self.a, Band) and isinstance(self.b, Band)
+        if not (isinstance(self.a, Band) and isinstance(self.b, Band)):
+            return False
+        limit = lambda x: np.inf if x is None else x
+        return max(-limit(self.a.ahead), -limit(self.b.ahead)) <= min(limit(self.a.back), limit(self.b.back))
 
 
 @dataclasses.dataclass(frozen=True)
