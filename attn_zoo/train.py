@@ -232,14 +232,14 @@ def train(cell: config.Cell, task: Task, model: Model, mesh: Mesh, checkpoints: 
             for name, value in (("step", step), ("train_loss", loss), ("seconds", elapsed)):
                 curve[name].append(value)
             report(step=step, loss=loss, tokens_per_s=(step - (resumed_from or 0)) * B * cell.seq_len / (elapsed - done_before))
-        if evaluate_now:
-            eval_batches = eval_batches or task.eval_batches(B, c.eval_tokens)
-            curve["eval_step"].append(step)
-            curve["eval_loss"].append(evaluate(steps.forward, state, eval_batches, split, step)["eval_loss"])
         if model.specializes and model.specialize(state["params"], state["rest"]):
             steps = make_steps(model, c, mesh)
             train_step, _ = compile_timed(steps.train, state, example)
             compilations += 1
+        if evaluate_now:
+            eval_batches = eval_batches or task.eval_batches(B, c.eval_tokens)
+            curve["eval_step"].append(step)
+            curve["eval_loss"].append(evaluate(steps.forward, state, eval_batches, split, step)["eval_loss"])
         if save_now:
             checkpoints.save(step, state, batches, curve, elapsed)
         if evaluate_now or save_now or model.specializes:
