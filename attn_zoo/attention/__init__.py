@@ -4,8 +4,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attn_zoo.attention.adaptive_span import ADAPTIVE_SPAN
+from attn_zoo.attention.axial import AXIAL
 from attn_zoo.attention.base import Attention, Dims, Loss, Paper, Statistic, Variant, require
 from attn_zoo.attention.block import BLOCK
+from attn_zoo.attention.block_local import BLOCK_LOCAL
+from attn_zoo.attention.dilated import DILATED
+from attn_zoo.attention.fixed import FIXED
 from attn_zoo.attention.full import FULL_VARIANT
 from attn_zoo.attention.linear import LINEAR
 from attn_zoo.attention.linformer import LINFORMER
@@ -20,6 +24,10 @@ VARIANTS: dict[str, Variant] = {
     "local": LOCAL,
     "strided": STRIDED,
     "block": BLOCK,
+    "block_local": BLOCK_LOCAL,
+    "dilated": DILATED,
+    "fixed": FIXED,
+    "axial": AXIAL,
     "linear": LINEAR,
     "linformer": LINFORMER,
     "adaptive_span": ADAPTIVE_SPAN,

@@ -1,0 +1,52 @@
+"""Which pairs the further position-based variants see, black box: with one-hot values, a positive output is a visible key."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attn_zoo import UserError, make_attention
+
+DEFINITIONS = {  # written from the papers' definitions, one pair at a time
+    "block_local(block=7)": lambda i, j: i // 7 == j // 7,
+    "dilated(window=3, dilation=4)": lambda i, j: abs(i - j) in (0, 4, 8, 12),
+    "fixed(stride=6, summary=2)": lambda i, j: i // 6 == j // 6 or j % 6 in (4, 5),
+    "fixed(stride=5, summary=0)": lambda i, j: i // 5 == j // 5,
+    "axial(width=9)": lambda i, j: i // 9 == j // 9 or i % 9 == j % 9,
+    "axial(width=9, axis='row')": lambda i, j: i // 9 == j // 9,
+    "axial(width=9, axis='column')": lambda i, j: i % 9 == j % 9,
+}
+LENGTHS = [(41, 41), (23, 41), (41, 23)]
+
+
+def seen(spec, T, S, causal):
+    attention = make_attention(spec, num_heads=2, head_dim=48, max_len=48, causal=causal)
+    keys = jax.random.split(jax.random.key(0), 2)
+    q, k = (jax.random.normal(key, (1, n, 2, 48)) for key, n in zip(keys, (T, S)))
+    v = jnp.broadcast_to(jnp.eye(S, 48)[None, :, None], (1, S, 2, 48))
+    o = np.asarray(jax.jit(attention)(q, k, v))[0, :, :, :S]
+    np.testing.assert_array_equal(o[:, 0] > 0, o[:, 1] > 0)
+    return o[:, 0] > 0, attention
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+@pytest.mark.parametrize("T, S", LENGTHS)
+@pytest.mark.parametrize("spec", DEFINITIONS)
+def test_sees_what_its_definition_says(spec, T, S, causal):
+    expected = np.array([[DEFINITIONS[spec](i, j) and (j <= i or not causal) for j in range(S)] for i in range(T)])
+    actual, attention = seen(spec, T, S, causal)
+    np.testing.assert_array_equal(actual, expected)
+    assert attention.flops(3, T, S) == 4 * 3 * 2 * 48 * expected.sum()
+
+
+def test_axial_is_its_two_axes_merged():
+    """Each pair of 'both' is in 'row' or in 'column', and the two share the diagonal alone."""
+    row, column, both = (seen(f"axial(width=6, axis={axis!r})", 40, 40, False)[0] for axis in ("row", "column", "both"))
+    np.testing.assert_array_equal(row | column, both)
+    np.testing.assert_array_equal(row & column, np.eye(40, dtype=bool))
+
+
+def test_impossible_options_are_refused():
+    for spec, message in (("fixed(stride=4, summary=5)", "summary=5: must be at most stride=4"), ("axial(axis='x')", "axis='x': must be one of")):
+        with pytest.raises(UserError, match=message):
+            make_attention(spec, num_heads=1, head_dim=8, max_len=8)
