@@ -3,11 +3,13 @@
 Shell scripts stand in for cells here; tests/test_launch.py runs real ones.
 """
 
+import contextlib
 import dataclasses
 import io
 import json
 import sys
 import textwrap
+import time
 
 import filelock
 import psutil
@@ -134,9 +136,18 @@ def pids(tmp_path, names):
 
 
 def assert_gone(pids):
-    """A process whose parent is gone may take a moment to be reaped by init."""
-    alive = [p for p in map(psutil.Process, filter(psutil.pid_exists, pids)) if p.status() != psutil.STATUS_ZOMBIE]
-    assert psutil.wait_procs(alive, timeout=1)[1] == []
+    """Ended within a second: whether init reaps an orphan at once, late or (in many containers) never, is not ours to test."""
+
+    def alive():
+        for process in map(psutil.Process, filter(psutil.pid_exists, pids)):
+            with contextlib.suppress(psutil.NoSuchProcess):  # reaped between the two questions
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    yield process
+
+    deadline = time.monotonic() + 1
+    while (left := list(alive())) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert left == []
 
 
 @pytest.mark.parametrize(

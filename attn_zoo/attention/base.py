@@ -6,6 +6,7 @@ H head dim, D model dim, F feed-forward dim, V vocabulary, W window, C blocks, R
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -86,6 +87,7 @@ class Attention(nnx.Module):
 
     variant: Variant  # its registry entry, set by make_attention
     shares_query_key = False  # True: the layer makes no key projection, and keys are the queries
+    pools_queries = False  # True: an output depends on other queries too; invalid ones arrive as zeros, and `attend` takes valid_BT
 
     def __init__(self, options: Any, dims: Dims):
         self.options = options
@@ -98,21 +100,23 @@ class Attention(nnx.Module):
         v_BSKH: Float[Array, "B S K H"],
         *,
         valid_BS: Bool[Array, "B S"] | None = None,
+        valid_BT: Bool[Array, "B T"] | None = None,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B T N H"]:
         """Attention of queries over the valid keys, in the queries' dtype.
 
-        `key` is the random key of this call; None means deterministic evaluation. A row without any valid key is zero.
+        `key` is the random key of this call; None means deterministic evaluation. A row without any valid key is zero. `valid_BT`, which
+        queries are valid, matters only to a variant that pools queries; by default it is `valid_BS` where T = S, else all are.
         """
-        return self._run(self.attend, q_BTNH, k_BSKH, v_BSKH, valid_BS, key)
+        return self._run(self.attend, q_BTNH, k_BSKH, v_BSKH, valid_BS, valid_BT, key)
 
-    def reference(self, q_BTNH, k_BSKH, v_BSKH, *, valid_BS=None, key=None) -> Float[Array, "B T N H"]:
+    def reference(self, q_BTNH, k_BSKH, v_BSKH, *, valid_BS=None, valid_BT=None, key=None) -> Float[Array, "B T N H"]:
         """The slow truth: the same parameters and arguments, computed in float32 as the paper writes it."""
         f32 = [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (q_BTNH, k_BSKH, v_BSKH)]
-        return self._run(self.attend_reference, *f32, valid_BS, key)
+        return self._run(self.attend_reference, *f32, valid_BS, valid_BT, key)
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
-        """The fast form. Keys and values at invalid positions arrive as zeros."""
+        """The fast form. Keys and values at invalid positions arrive as zeros. With `pools_queries` it also takes `valid_BT`, by name."""
         raise NotImplementedError
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
@@ -150,7 +154,7 @@ class Attention(nnx.Module):
         Called outside jit between steps; the step is compiled again only when the result differs.
         """
 
-    def _run(self, attend, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
+    def _run(self, attend, q_BTNH, k_BSKH, v_BSKH, valid_BS, valid_BT, key):
         B, T, N, H = q_BTNH.shape
         S = k_BSKH.shape[1]
         d = self.dims
@@ -161,6 +165,11 @@ class Attention(nnx.Module):
         if T != S and self.variant.cross is not True:
             raise Unsupported(f"{self.variant.name} cannot attend across sequences (T={T}, S={S}): {self.variant.cross}")
         self.backend(masked=valid_BS is not None)
+        if self.pools_queries:
+            valid_BT = valid_BS if valid_BT is None and T == S else valid_BT
+            attend = functools.partial(attend, valid_BT=valid_BT)
+            if valid_BT is not None:
+                q_BTNH = jnp.where(valid_BT[:, :, None, None], q_BTNH, 0)
         if valid_BS is None:
             return attend(q_BTNH, k_BSKH, v_BSKH, None, key).astype(q_BTNH.dtype)
         # Whatever stands in invalid positions (even NaN) must change nothing: 0 * NaN is NaN, so it is replaced, not weighted away.

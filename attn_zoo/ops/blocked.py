@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from attn_zoo.ops.patterns import Band, BlockMask, Pattern, block_mask
+from attn_zoo.ops.patterns import BlockMask, Pattern, block_mask
 
 NEG = -1e30  # a masked score: finite, so that differences of masked scores are not NaN
 TILE_BYTES = 2 * 2**20  # of the score tile [rows, G, q block, k block] that one step holds; about what stays in cache on a CPU core
@@ -81,9 +81,8 @@ def block_sizes(pattern: Pattern, T: int, S: int) -> tuple[int, int]:
         size = pattern.native_block if pattern.native_block >= 32 else _ceil(32, pattern.native_block)
         while size > 512 and size % 2 == 0:
             size //= 2
-    elif isinstance(pattern, Band) and None not in (pattern.back, pattern.ahead) and pattern.back + pattern.ahead + 1 < S:
-        width = pattern.back + pattern.ahead + 1
-        size = max(64, min(512, 2 ** round(math.log2(width / 8))))
+    elif pattern.width is not None and pattern.width < S:
+        size = max(64, min(512, 2 ** round(math.log2(max(pattern.width, 1) / 8))))
     return min(size, _ceil(T, 16)), min(size, _ceil(S, 16))
 
 

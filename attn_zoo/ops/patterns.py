@@ -40,6 +40,11 @@ class Pattern:
         """The block size the pattern is made of, where there is one: an engine that takes it evaluates fewer masks."""
         return None
 
+    @property
+    def width(self) -> int | None:
+        """About how many keys in a row a query sees at most, where that does not grow with the sequence: blocks need not be wider."""
+        return None
+
     def __and__(self, other: "Pattern") -> "Pattern":
         return And(self, other)
 
@@ -56,6 +61,12 @@ class Band(Pattern):
 
     back: int | None = None
     ahead: int | None = None
+
+    def __and__(self, other):
+        if not isinstance(other, Band):
+            return And(self, other)
+        narrower = lambda a, b: b if a is None else a if b is None else min(a, b)
+        return Band(narrower(self.back, other.back), narrower(self.ahead, other.ahead))
 
     def mask(self, i, j):
         seen = (i - j) == (i - j)
@@ -74,6 +85,10 @@ class Band(Pattern):
     @property
     def exact(self):
         return True
+
+    @property
+    def width(self):
+        return None if self.back is None or self.ahead is None else max(self.back + self.ahead + 1, 1)
 
 
 FULL = Band()
@@ -95,7 +110,7 @@ class BlockTable(Pattern):
         return (jnp if isinstance(i + j, jax.Array) else np).any(self._rows(i // self.block) == (j // self.block)[..., None], axis=-1)
 
     def blocks(self, i0, i1, j0, j1):
-        # Exact where both corners of a block fall into one block of the table; cautious elsewhere.
+        # Sums over the table's blocks, by its cumulative sum.
         seen = _table_dense(self)
         clip = lambda x, n: np.minimum(x // self.block, n - 1)
         I0, I1, J0, J1 = clip(i0, len(seen)), clip(i1, len(seen)), clip(j0, seen.shape[1]), clip(j1, seen.shape[1])
@@ -145,6 +160,10 @@ class Prefix(Pattern):
     def exact(self):
         return True
 
+    @property
+    def width(self):
+        return self.count
+
 
 @dataclasses.dataclass(frozen=True)
 class And(Pattern):
@@ -165,12 +184,8 @@ class And(Pattern):
         return self.a.native_block or self.b.native_block
 
     @property
-    def exact(self):
-        # Three intervals on a line (two bands and a block's range of i - j) that meet pairwise meet in one point.
-        if not (isinstance(self.a, Band) and isinstance(self.b, Band)):
-            return False
-        limit = lambda x: np.inf if x is None else x
-        return max(-limit(self.a.ahead), -limit(self.b.ahead)) <= min(limit(self.a.back), limit(self.b.back))
+    def width(self):
+        return min((x for x in (self.a.width, self.b.width) if x is not None), default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,6 +205,10 @@ class Or(Pattern):
     @property
     def native_block(self):
         return self.a.native_block or self.b.native_block
+
+    @property
+    def width(self):
+        return None if self.a.width is None or self.b.width is None else max(self.a.width, self.b.width)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,50 @@
+"""Linear attention whose past fades: o_t = sum_{j <= t} exp(L_t - L_j) (q_t' k_j) v_j, with L the running sum of per-position log decays.
+
+The chunked form of Sun et al. 2023 (RetNet, eq. 7) with a decay a position instead of one a head, as gated variants need
+(Yang et al. 2024). Shared by retention and gated random features.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+CHUNK = 128  # positions per step of the scan
+
+
+def decayed_attention(
+    q_BTNR: Float[Array, "B T N R"], k_BTKR: Float[Array, "B T K R"], v_BTKH: Float[Array, "B T K H"], log_decay_BTK: Float[Array, "B T K"]
+) -> Float[Array, "B T N H"]:
+    """The sum above, unnormalized, float32 at least. log_decay_BTK <= 0 is what position t multiplies the past by, before it adds itself.
+
+    O(T) memory with gradients: one [R, H] state a chunk is kept, the rest recomputed.
+    """
+    B, T, N, R = q_BTNR.shape
+    K, H = v_BTKH.shape[2:]
+    wide = jnp.promote_types(v_BTKH.dtype, jnp.float32)
+    c = min(CHUNK, T)
+    chunks = -(-T // c)
+
+    def chunked(x):  # [B, T, ...] -> [chunks, B, c, ...]
+        x = jnp.pad(x.astype(wide), [(0, 0), (0, chunks * c - T)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(B, chunks, c, *x.shape[2:]), 1, 0)
+
+    seen_TS = jnp.tril(jnp.ones((c, c), bool))
+
+    @jax.checkpoint
+    def step(state_BKRH, chunk):
+        q, k, v, decay = chunk
+        total = jnp.cumsum(decay, axis=1)  # L within the chunk, [B, c, K]
+        L_BKT = jnp.moveaxis(total, 1, 2)
+        # Masked before the exponential: above the diagonal L_t - L_j is positive and could overflow.
+        weights = jnp.exp(jnp.where(seen_TS, L_BKT[..., :, None] - L_BKT[..., None, :], -jnp.inf))
+        scores = jnp.einsum("BTKGR,BSKR->BKGTS", q, k) * weights[:, :, None]
+        o = jnp.einsum("BKGTS,BSKH->BTKGH", scores, v)
+        o += jnp.einsum("BTKGR,BKRH->BTKGH", q * jnp.exp(total)[..., None, None], state_BKRH)
+        left = jnp.exp(total[:, -1:] - total)  # how much of each key is left at the end of the chunk
+        state_BKRH = state_BKRH * jnp.exp(total[:, -1])[..., None, None] + jnp.einsum("BSKR,BSKH->BKRH", k * left[..., None], v)
+        return state_BKRH, o
+
+    q_BTKGR = q_BTNR.reshape(B, T, K, N // K, R)
+    _, o = lax.scan(step, jnp.zeros((B, K, R, H), wide), tuple(map(chunked, (q_BTKGR, k_BTKR, v_BTKH, log_decay_BTK))))
+    return jnp.moveaxis(o, 0, 1).reshape(B, chunks * c, N, H)[:, :T]

@@ -1,0 +1,37 @@
+"""The decayed scan against its sum, written out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attn_zoo.ops.decayed import decayed_attention
+
+
+def written_out(q, k, v, log_decay):
+    """o_t = sum_{j <= t} exp(L_t - L_j) (q_t' k_j) v_j, dense."""
+    G = q.shape[2] // k.shape[2]
+    k, v, log_decay = (jnp.repeat(x, G, 2) for x in (k, v, log_decay))
+    t = np.arange(q.shape[1])
+    between = (t[None, :, None] < t) & (t <= t[:, None, None])  # [t, j, u]: j < u <= t, whose decays sum to L_t - L_j without cancellation
+    gap = jnp.einsum("TSU,BUN->BTSN", between.astype(np.float32), log_decay, precision="highest")
+    seen = (t[:, None] >= t)[None, :, :, None]
+    weights = jnp.exp(jnp.where(seen, gap, -jnp.inf)) * jnp.einsum("BTNR,BSNR->BTSN", q, k, precision="highest")
+    return jnp.einsum("BTSN,BSNH->BTNH", weights, v, precision="highest")
+
+
+@pytest.mark.parametrize("T", [1, 63, 300])
+@pytest.mark.parametrize("strength, tolerance", [(0.0, 2e-5), (0.1, 2e-5), (40.0, 1e-4)], ids=["no decay", "slow", "at once"])
+def test_equals_its_sum(T, strength, tolerance):
+    """At 40 a position the running sum within a chunk reaches thousands, and differences of it lose digits."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    shapes = (2, T, 4, 8), (2, T, 2, 8), (2, T, 2, 16)
+    q, k, v = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes))
+    log_decay = -strength * jax.random.uniform(keys[3], (2, T, 2))
+    weights = jax.random.normal(keys[4], (2, T, 4, 16))
+    both = [jax.jit(jax.value_and_grad(lambda *args, f=f: (f(*args) * weights).sum(), (0, 1, 2, 3))) for f in (decayed_attention, written_out)]
+    (_, found), (_, expected) = (f(q, k, v, log_decay) for f in both)
+    o, expected_o = decayed_attention(q, k, v, log_decay), written_out(q, k, v, log_decay)
+    for a, e in zip((o, *found), (expected_o, *expected)):
+        assert np.isfinite(np.asarray(a)).all()
+        np.testing.assert_allclose(a, e, atol=tolerance * max(1.0, float(abs(e).max())))
