@@ -8,7 +8,7 @@ from attn_zoo import train
 from attn_zoo.attention import VARIANTS
 from attn_zoo.config import Cell, Experiment
 from attn_zoo.models import activation_bytes, flops_per_step, param_counts
-from attn_zoo.spec import Unsupported
+from attn_zoo.spec import Spec, Unsupported
 from attn_zoo.sweep import cells
 from attn_zoo.tasks import load_task
 
@@ -19,12 +19,12 @@ def zoo_table() -> str:
     """The registry: name with options and defaults, cost, what each can do, paper; and the reasons for what it cannot."""
     rows, reasons = [], []
     for name, v in VARIANTS.items():
-        options = ", ".join(f"{f.name}={f.default!r}" for f in dataclasses.fields(v.options))
+        spec = Spec(name, tuple((f.name, f.default) for f in dataclasses.fields(v.options)))
         claims = {claim: getattr(v, claim) for claim in ("causal", "cross", "decode")}
         able = ", ".join(claim for claim, value in claims.items() if value is True)
         reasons += [f"{name} is not {claim}: {reason}" for claim, reason in claims.items() if reason is not True and claim != "decode"]
         first = v.paper.authors.split(",")[0]
-        rows.append((f"{name}({options})" if options else name, v.family, v.complexity, able, f"{first} et al. {v.paper.year}: {v.paper.title.translate(UNBRACED)}"))
+        rows.append((str(spec), v.family, v.complexity, able, f"{first} et al. {v.paper.year}: {v.paper.title.translate(UNBRACED)}"))
     table = tabulate(rows, headers=("variant", "family", "cost", "can do", "paper"), maxcolwidths=(44, 16, 22, 14, 48), tablefmt="simple")
     return f"{table}\n\n" + "\n".join(reasons)
 

@@ -1,7 +1,8 @@
 """Specs: `local(window=256)` as text, shared by flags, configs, table rows and the API.
 
 A spec is a name and literal keyword options, read with `ast` and never evaluated. The options are fields of a frozen
-dataclass; anything it does not know is an error that names the nearest field.
+dataclass; anything it does not know is an error that names the nearest field. A spec may be composed of other specs, given
+first and without names, each with a count: `mix(local(window=64)*6, full*2)`; they are the option `parts`.
 """
 
 import ast
@@ -55,13 +56,15 @@ class Spec:
     options: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
-        inside = ", ".join(f"{k}={v!r}" for k, v in self.options)
+        inside = ", ".join(", ".join(map(str, v)) if _are_parts(v) else f"{k}={v!r}" for k, v in self.options)
         return f"{self.name}({inside})" if inside else self.name
 
     def resolve(self, kind: str, cls: type) -> Any:
         """The options dataclass `cls` filled from this spec. Raises UserError for an unknown option or a bad value."""
         fields = {f.name: f for f in dataclasses.fields(cls)}
-        for option, _ in self.options:
+        for option, value in self.options:
+            if option not in fields and _are_parts(value):
+                raise UserError(f"{kind} {self.name!r} is not composed of others, as in {self}; its options are given by name")
             if option not in fields:
                 raise UserError(f"{kind} {self.name!r} has no option {option!r}; {nearest(option, fields) if fields else 'it takes none'}")
         try:
@@ -75,6 +78,21 @@ class Spec:
         values = [(f, getattr(options, f.name)) for f in dataclasses.fields(cls)]
         plain = lambda value: int(value) if isinstance(value, float) and value.is_integer() else value  # 64.0 and 64 are one value
         return Spec(self.name, tuple((f.name, plain(value)) for f, value in values if value != f.default))
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A spec inside a composed one, and how many shares it has."""
+
+    spec: Spec
+    count: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.spec}*{self.count}" if self.count != 1 else str(self.spec)
+
+
+def _are_parts(value: Any) -> bool:
+    return isinstance(value, tuple) and value != () and all(isinstance(v, Part) for v in value)
 
 
 def check(condition: bool, option: str, value: Any, rule: str) -> None:
@@ -115,16 +133,29 @@ def _spec(node: ast.expr) -> Spec:
     if isinstance(node, ast.Name):
         return Spec(node.id)
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-        if node.args:
-            raise UserError(f"{ast.unparse(node)!r}: options are given by name, as in {node.func.id}(option={ast.unparse(node.args[0])})")
-        names = [k.arg for k in node.keywords]
+        for arg in node.args:
+            if isinstance(arg, (ast.Constant, ast.UnaryOp, ast.Tuple, ast.List, ast.Dict, ast.Set)):
+                raise UserError(f"{ast.unparse(node)!r}: options are given by name, as in {node.func.id}(option={ast.unparse(arg)})")
+        parts = (("parts", tuple(map(_part, node.args))),) if node.args else ()
+        names = [name for name, _ in parts] + [k.arg for k in node.keywords]
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise UserError(f"{ast.unparse(node)!r}: option {twice!r} is given twice")
         try:
             if None in names:
                 raise ValueError("** holds no literal")
-            return Spec(node.func.id, tuple((k.arg, ast.literal_eval(k.value)) for k in node.keywords))
+            return Spec(node.func.id, parts + tuple((k.arg, ast.literal_eval(k.value)) for k in node.keywords))
         except (ValueError, TypeError):
             raise UserError(f"{ast.unparse(node)!r}: option values must be literals (numbers, strings, None, True, False)") from None
     raise UserError(f"cannot read {ast.unparse(node)!r} as name(option=value)")
+
+
+def _part(node: ast.expr) -> Part:
+    """`local(window=64)*6`, `6*local(window=64)`, or a spec alone."""
+    if not (isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult)):
+        return Part(_spec(node))
+    sides = (node.left, node.right) if isinstance(node.right, ast.Constant) else (node.right, node.left)
+    count = sides[1].value if isinstance(sides[1], ast.Constant) else None
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise UserError(f"cannot read {ast.unparse(node)!r}: a part is written spec*count, with a whole number of at least 1")
+    return Part(_spec(sides[0]), count)

@@ -7,11 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attn_zoo.spec import Spec, Unsupported, UserError, check_choice, check_int, check_number, nearest, parse, parse_one
+from attn_zoo.spec import Part, Spec, Unsupported, UserError, check_choice, check_int, check_number, nearest, parse, parse_one
 
 NAMES = st.from_regex(r"[a-z][a-z_0-9]{0,8}", fullmatch=True).filter(lambda name: not keyword.iskeyword(name))
 LITERALS = st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8)
-SPECS = st.builds(lambda name, options: Spec(name, tuple(options.items())), NAMES, st.dictionaries(NAMES, LITERALS, max_size=3))
+PLAIN = st.builds(lambda name, options: Spec(name, tuple(options.items())), NAMES, st.dictionaries(NAMES, LITERALS, max_size=3))
+PARTS = st.lists(st.builds(Part, PLAIN, st.integers(1, 9)), min_size=1, max_size=3).map(tuple)
+COMPOSED = st.builds(lambda name, parts, options: Spec(name, (("parts", parts), *options.items())), NAMES, PARTS, st.dictionaries(NAMES.filter("parts".__ne__), LITERALS, max_size=2))
+SPECS = PLAIN | COMPOSED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +58,10 @@ def test_one_meaning_has_one_canonical_text(options, random):
         ("local window", "cannot read"),
         ("local(128)", "given by name, as in local(option=128)"),
         ("local(window=W)", "must be literals"),
+        ("mix(full*0)", "a part is written spec*count, with a whole number of at least 1"),
+        ("mix(full*n)", "a part is written spec*count"),
+        ("mix(full, parts=1)", "'parts' is given twice"),
+        ("mix(full + local)", "cannot read 'full + local'"),
         ("local(window=print('!'))", "must be literals"),
         ("local(**{'window': [1]})", "must be literals"),
         ("local(window=1, window=2)", "window"),

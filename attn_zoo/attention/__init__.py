@@ -14,6 +14,7 @@ from attn_zoo.attention.full import FULL_VARIANT
 from attn_zoo.attention.linear import LINEAR
 from attn_zoo.attention.linformer import LINFORMER
 from attn_zoo.attention.local import LOCAL
+from attn_zoo.attention.mix import MIX
 from attn_zoo.attention.strided import STRIDED
 from attn_zoo.ops.backends import check_backend
 from attn_zoo.spec import Spec, UserError, check, check_int, nearest, parse, parse_one
@@ -31,6 +32,7 @@ VARIANTS: dict[str, Variant] = {
     "linear": LINEAR,
     "linformer": LINFORMER,
     "adaptive_span": ADAPTIVE_SPAN,
+    "mix": MIX,
 }
 
 
@@ -43,10 +45,15 @@ def find(spec: str | Spec) -> tuple[Variant, object]:
     return variant, spec.resolve("attention variant", variant.options)
 
 
+def canonical(spec: Spec) -> Spec:
+    """The one text of what a spec means: known options in their order, defaults left out."""
+    return spec.canonical("attention variant", find(spec)[0].options)
+
+
 def parse_variants(text: str) -> list[list[Spec]]:
     """The entries of a sweep, 'full, [local(window=128), full]', each as the list of specs that its layers cycle through, in canonical form."""
     entries = [entry if isinstance(entry, list) else [entry] for entry in parse(text)]
-    return [[Spec.canonical(spec, "attention variant", find(spec)[0].options) for spec in entry] for entry in entries]
+    return [[canonical(spec) for spec in entry] for entry in entries]
 
 
 def parse_variant(text: str) -> list[Spec]:

@@ -12,6 +12,7 @@ from flax import nnx
 
 from attn_zoo import VARIANTS, Unsupported, UserError, make_attention
 from attn_zoo.attention import Attention, Loss, Statistic, find, parse_variant, parse_variants, variant_text
+from attn_zoo.spec import Spec
 
 
 def make(spec="full", N=4, H=8, max_len=16, **kwargs):
@@ -125,7 +126,7 @@ def test_lists_of_variants():
 def test_every_option_can_be_written_in_a_spec(name):
     """Options are literals with defaults, so that a table's row can be read back."""
     cls = VARIANTS[name].options
-    spec = f"{name}({', '.join(f'{f.name}={f.default!r}' for f in dataclasses.fields(cls))})"
+    spec = str(Spec(name, tuple((f.name, f.default) for f in dataclasses.fields(cls))))
     assert find(spec) == (VARIANTS[name], cls())
     assert variant_text(parse_variant(spec)) == name
 
