@@ -183,7 +183,7 @@ def repeat_kv(x_BSKH: Array, num_heads: int) -> Array:
     return jnp.repeat(x_BSKH, num_heads // x_BSKH.shape[2], axis=2)
 
 
-def softmax_reference(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask: Array | np.ndarray, bias: Array | float = 0.0, scale: float | None = None) -> Array:
+def softmax_reference(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask: Array | np.ndarray, bias: Array | np.ndarray | float = 0.0, scale: float | None = None) -> Array:
     """Dense masked softmax attention, the truth that every scored variant is held to. Vaswani et al. 2017, eq. 1.
 
     mask broadcasts to [B, N, T, S]; bias is added to the scaled scores. A row that sees no key gives zeros.

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 
 from attn_zoo import VARIANTS, Unsupported, make_attention
 from attn_zoo.spec import Spec
@@ -189,7 +190,7 @@ def largest_arrays(jaxpr):
     for equation in jaxpr.eqns:
         for var in itertools.chain(equation.invars, equation.outvars):
             yield int(np.prod(getattr(var.aval, "shape", ()), dtype=np.int64))
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jaxprs_in_params(equation.params):
             yield from largest_arrays(inner)
     for var in jaxpr.constvars:
         yield int(np.prod(var.aval.shape, dtype=np.int64))
