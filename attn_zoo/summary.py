@@ -152,6 +152,19 @@ def crossover(lengths: list[int], reference_s: list[float], variant_s: list[floa
     return math.exp(a + (b - a) * -gain[i] / (gain[i + 1] - gain[i]))
 
 
+def predicted_crossover(lengths: list[int], reference_s: list[float], variant_s: list[float]) -> float:
+    """The length beyond those measured at which the least-squares lines of both times on log-log scales meet; inf if they never do.
+
+    For a variant that is not faster at the last of three lengths or more.
+    """
+    reference, _ = fit_exponent(lengths, reference_s)
+    own, _ = fit_exponent(lengths, variant_s)
+    if own is None or own >= reference:
+        return math.inf
+    behind = statistics.fmean(math.log(v / r) for r, v in zip(reference_s, variant_s))  # of the lines, at the mean of log T
+    return max(math.exp(statistics.fmean(map(math.log, lengths)) + behind / (reference - own)), lengths[-1])
+
+
 def variants_of(records: list[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(r["cell"]["variant"] for r in records))
 

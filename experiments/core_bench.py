@@ -6,10 +6,12 @@
 
 All candidates of one length are compiled first and then timed in interleaved rounds, so that a slow moment of the machine falls on all
 of them; medians with 20th and 80th percentile. Variants that cannot be causal run bidirectionally, and their row says so. Memory is what
-XLA allots beyond arguments and results. Exponents are least-squares slopes of log seconds (bytes) over log T.
+XLA allots beyond arguments and results. Exponents are least-squares slopes of log seconds (bytes) over log T. The last column gives the length from
+which on a variant is faster than `full` in the same direction: between two lengths measured, or predicted by the fits beyond the last.
 """
 
 import json
+import math
 import os
 import sys
 import time
@@ -26,6 +28,7 @@ from tabulate import tabulate
 from attn_zoo import VARIANTS, UserError, make_attention, provenance
 from attn_zoo.attention import find, parse_variants, variant_text
 from attn_zoo.measure import compile_timed, matmul_flops_per_s
+from attn_zoo.summary import crossover, predicted_crossover
 
 VARIANT_SPECS = flags.DEFINE_string("variants", None, "Specs; by default every variant of the zoo.")
 SEQ_LENS = flags.DEFINE_list("seq_lens", ["1024", "2048", "4096", "8192"], "Sequence lengths.")
@@ -41,23 +44,32 @@ MODES = ("forward", "forward_backward")
 
 
 def candidates(T: int, specs: list[str]) -> dict[str, tuple]:
-    """{name: (function of q, k, v, causal, forward FLOPs)}: the peer first, in both directions if a variant needs it."""
+    """{name: (function of q, k, v, causal, forward FLOPs)}: the peer first; it and `full` in both directions if a variant needs it."""
     shape = dict(num_heads=HEADS.value, head_dim=HEAD_DIM.value, max_len=T, dtype=jnp.dtype(DTYPE.value))
     found, directions = {}, set()
-    for spec in specs:
-        variant, options = find(spec)
-        causal = CAUSAL.value and variant.causal is True
-        directions.add(causal)
+
+    def add(name, spec, causal):
         attention = make_attention(spec, causal=causal, **shape)
         graph, state = nnx.split(attention)
         flops = attention.flops(BATCH.value, T, T)
-        found[spec] = (lambda q, k, v, graph=graph, state=state: nnx.merge(graph, state)(q, k, v), causal, flops)
+        found[name] = (lambda q, k, v: nnx.merge(graph, state)(q, k, v), causal, flops)
+        directions.add(causal)
+
+    for spec in specs:
+        add(spec, spec, CAUSAL.value and find(spec)[0].causal is True)
+    if "full" in specs and directions == {True, False}:
+        add(both_ways("full"), "full", False)
     peers = {}
     for causal in sorted(directions, reverse=True):
         flops = 4.0 * BATCH.value * HEADS.value * HEAD_DIM.value * (T * (T + 1) / 2 if causal else T * T)
         call = lambda q, k, v, causal=causal: jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="xla")
-        peers[PEER if causal == CAUSAL.value else f"{PEER}, bidirectional"] = (call, causal, flops)
+        peers[PEER if causal == CAUSAL.value else both_ways(PEER)] = (call, causal, flops)
     return peers | found
+
+
+def both_ways(name: str) -> str:
+    """The name of a candidate that could be causal, run bidirectionally for the sake of those that cannot."""
+    return f"{name}, bidirectional"
 
 
 def measure(T: int, specs: list[str]) -> list[dict]:
@@ -107,9 +119,11 @@ def table(content: dict) -> str:
         rows = []
         for name, at in by_name.items():
             causal = next(iter(at.values()))["causal"]
-            mark = " (b)" if s["causal"] and not causal and not name.startswith(PEER) else ""
-            rows.append([f"`{name}`{mark}", *(_cell(at.get(T), by_name[peer_of[causal]].get(T)) for T in lengths), *_slopes(at)])
-        header = ["", *(f"T = {T}" for T in lengths), "time exponent", "memory exponent"]
+            mark = " (b)" if s["causal"] and not causal and not name.endswith(both_ways("")) else ""
+            full = by_name.get("full" if causal == s["causal"] else both_ways("full"))
+            cells = (_cell(at.get(T), by_name[peer_of[causal]].get(T)) for T in lengths)
+            rows.append([f"`{name}`{mark}", *cells, *_slopes(at), "–" if full is None or at is full else _faster_from(at, full)])
+        header = ["", *(f"T = {T}" for T in lengths), "time exponent", "memory exponent", "faster than `full` from T"]
         lines += ["", f"**{mode.replace('_', ' + ').capitalize()}**: ms (× faster than {PEER}), MiB of temporary memory", "", tabulate(rows, header, tablefmt="pipe", disable_numparse=True)]
     rate = [f"{r / 1e9:.0f}" for r in content["matmul_flops_per_s"]]
     lines += ["", f"{p['device_kind']} ({p['cpu']}), jax {p['jax']}, attn_zoo {str(p['git_commit'])[:10]}{' with local changes' if p['git_dirty'] else ''}, {p['date'][:10]}. Matrix product {' to '.join(rate)} GFLOP/s. Medians of {s['rounds']} interleaved rounds."]
@@ -124,6 +138,19 @@ def _cell(record: dict | None, peer: dict | None) -> str:
     seconds = record["speed"]["median_s"]
     ratio = f" ({peer['speed']['median_s'] / seconds:.1f}×)" if peer and peer["status"] == "ok" else ""
     return f"{seconds * 1e3:.1f}{ratio}, {record['temp_bytes'] / 2**20:.0f}"
+
+
+def _faster_from(at: dict[int, dict], full: dict[int, dict]) -> str:
+    """From which T on a variant is faster than `full`: measured, interpolated, or where the two fits meet beyond the last length."""
+    lengths = [T for T in sorted(at) if at[T]["status"] == "ok" and T in full and full[T]["status"] == "ok"]
+    own, reference = ([curve[T]["speed"]["median_s"] for T in lengths] for curve in (at, full))
+    if not lengths:
+        return "–"
+    T = crossover(lengths, reference, own)
+    if T < math.inf:
+        return f"{T:.0f}" if T else f"≤ {lengths[0]}"
+    T = predicted_crossover(lengths, reference, own)
+    return f"{T:.2g}, by the fit" if T < math.inf else "never, by the fit"
 
 
 def _slopes(at: dict[int, dict]) -> list[str]:

@@ -164,6 +164,14 @@ def test_a_variant_that_is_faster_only_at_first_has_no_crossover():
     assert summary.crossover([1, 2, 4, 8], [2.0, 1.0, 2.0, 4.0], [1.0, 2.0, 1.0, 1.0]) == pytest.approx(2**1.5)  # the last crossing counts
 
 
+def test_beyond_the_lengths_measured_the_fits_predict_the_crossover():
+    lengths = [1024, 2048, 4096]
+    assert summary.predicted_crossover(lengths, [1e-3 * T**2 for T in lengths], [20.0 * T for T in lengths]) == pytest.approx(20_000)
+    assert summary.predicted_crossover(lengths, [1.0 * T for T in lengths], [2.0 * T for T in lengths]) == math.inf
+    assert summary.predicted_crossover(lengths[:2], [1.0, 4.0], [8.0, 9.0]) == math.inf  # two points make no fit
+    assert summary.predicted_crossover(lengths, [1.0, 4.0, 16.0], [0.5, 1.0, 17.0]) == math.inf  # steeper than the reference, by the line
+
+
 @given(st.lists(st.tuples(st.floats(1e-3, 1e3), st.floats(1e-3, 1e3), st.floats(1, 2), st.floats(1, 2)), min_size=1, max_size=6))
 def test_the_interval_of_a_crossover_holds_it(points):
     lengths = [2**i for i in range(len(points))]
