@@ -14,8 +14,11 @@ def _cudnn_serves(pattern: Pattern, dtype, head_dim: int, masked: bool, modified
     """Whether cuDNN's fused attention computes this, without a dense mask; else the reason why not."""
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16 or float16, not {jnp.dtype(dtype).name}"
-    if head_dim % 8 or head_dim > 256:
-        return f"the head dim must be a multiple of 8 up to 256, not {head_dim}"
+    most = _most_head_dim()
+    if most == 0:
+        return "this GPU is older than the compute capability 8.0 that fused attention needs"
+    if head_dim % 8 or head_dim > most:
+        return f"the head dim must be a multiple of 8 up to {most}, not {head_dim}"
     if masked:
         return "arbitrary key validity would become a dense mask"
     if modified:
@@ -25,11 +28,26 @@ def _cudnn_serves(pattern: Pattern, dtype, head_dim: int, masked: bool, modified
     return True
 
 
+def _most_head_dim() -> int:
+    """Of cuDNN's fused attention on this GPU: 256 from compute capability 9.0 on, 128 from 8.0 on, else 0. On other machines 256, to lower for one."""
+    if jax.default_backend() != "gpu":
+        return 256
+    try:
+        capability = float(jax.devices()[0].compute_capability)
+    except (AttributeError, ValueError):  # not NVIDIA's
+        return 0
+    return 256 if capability >= 9 else 128 if capability >= 8 else 0
+
+
 def _cudnn(q_BTNH, k_BSKH, v_BSKH, *, pattern, valid_BS, score_mod, scale):
     window = None if pattern.back is None else (pattern.back, 0)
-    return jax.nn.dot_product_attention(
-        q_BTNH, k_BSKH, v_BSKH, scale=scale, is_causal=pattern.ahead == 0, local_window_size=window, implementation="cudnn"
+    T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+    # Queries more than a window beyond the last key see nothing, which is zero here and undefined there.
+    rows = T if window is None else min(T, S + pattern.back)
+    o_BTNH = jax.nn.dot_product_attention(
+        q_BTNH[:, :rows], k_BSKH, v_BSKH, scale=scale, is_causal=pattern.ahead == 0, local_window_size=window, implementation="cudnn"
     )
+    return jnp.pad(o_BTNH, ((0, 0), (0, T - rows), (0, 0), (0, 0)))
 
 
 def _xla(q_BTNH, k_BSKH, v_BSKH, *, pattern, valid_BS, score_mod, scale):

@@ -1,6 +1,7 @@
 """Which backend runs, why one is refused, and that all of them lower for the accelerators they are for."""
 
 import re
+import types
 
 import jax
 import jax._src.cudnn.fused_attention_stablehlo as cudnn
@@ -16,10 +17,16 @@ from attn_zoo.spec import UserError
 SHAPES = {dtype: [jax.ShapeDtypeStruct((2, 48, heads, 16), dtype) for heads in (4, 2, 2)] for dtype in (jnp.float32, jnp.bfloat16)}
 
 
+def pretend(monkeypatch, platform, **device):
+    """JAX says that it runs on such a platform, whose first device has these attributes."""
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(**({"compute_capability": "9.0"} if platform == "gpu" and not device else device))])
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """JAX says that it runs on a GPU, with a recent cuDNN."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    pretend(monkeypatch, "gpu")
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
 
 
@@ -54,9 +61,28 @@ def test_cudnn_where_it_serves(name, monkeypatch):
     assert choose("auto", *SERVED[name]) == "xla"  # on a CPU
     assert choose("cudnn", *SERVED[name]) == "cudnn"  # asked for, so that lowering can be tested anywhere
     for platform, expected in (("gpu", "cudnn"), ("tpu", "xla")):
-        monkeypatch.setattr(jax, "default_backend", lambda: platform)
+        pretend(monkeypatch, platform)
         assert choose("auto", *SERVED[name]) == expected
         assert choose("xla", *SERVED[name]) == "xla"
+
+
+@pytest.mark.parametrize("capability, most", [("7.5", 0), ("8.6", 128), ("9.0", 256), ("10.0", 256), ("gfx90a", 0)])
+def test_cudnn_follows_the_gpu(capability, most, monkeypatch):
+    pretend(monkeypatch, "gpu", compute_capability=capability)
+    served = [H for H in (64, 128, 256) if choose("auto", FULL, jnp.bfloat16, H) == "cudnn"]
+    assert served == [H for H in (64, 128, 256) if H <= most]
+    if most < 256:
+        with pytest.raises(UserError, match="cudnn' cannot serve here"):
+            choose("cudnn", FULL, jnp.bfloat16, 256)
+
+
+def test_queries_beyond_the_last_window_are_left_out_of_cudnn(gpu, monkeypatch):
+    """They see no key: zeros, with zero gradients, and no row that cuDNN would have to make up."""
+    seen = []
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, **_: seen.append(q.shape) or q)
+    q, k, v = (jnp.ones((1, n, 2, 16), jnp.bfloat16) for n in (20, 10, 10))
+    o = attention(q, k, v, pattern=Band(4, 0), backend="cudnn")
+    assert seen == [(1, 14, 2, 16)] and o.shape == q.shape and (o[:, 14:] == 0).all()
 
 
 @pytest.mark.parametrize("name", REFUSED)
