@@ -57,7 +57,7 @@ class Model:
         self.abstract = nnx.eval_shape(build)
         self.graph, self._params, self._rest = nnx.split(self.abstract, nnx.Param, ...)
         # Only such layers make the loop look at parameter values between steps.
-        self.specializes = any(type(b.mixer.attention).specialize is not Attention.specialize for b in self.abstract.blocks)
+        self.specializes = any(b.mixer.attention.specializes for b in self.abstract.blocks)
 
     def init(self) -> tuple[dict, dict]:
         """(params, rest), drawn in one jitted call."""

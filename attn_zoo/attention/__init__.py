@@ -14,12 +14,14 @@ from attn_zoo.attention.full import FULL_VARIANT
 from attn_zoo.attention.linear import LINEAR
 from attn_zoo.attention.linformer import LINFORMER
 from attn_zoo.attention.local import LOCAL
+from attn_zoo.attention.lsh import LSH
 from attn_zoo.attention.mix import MIX
+from attn_zoo.attention.routing import ROUTING
 from attn_zoo.attention.strided import STRIDED
 from attn_zoo.ops.backends import check_backend
 from attn_zoo.spec import Spec, UserError, check, check_int, nearest, parse, parse_one
 
-# In the order of the table.
+# In the order of the table, family by family.
 VARIANTS: dict[str, Variant] = {
     "full": FULL_VARIANT,
     "local": LOCAL,
@@ -29,6 +31,8 @@ VARIANTS: dict[str, Variant] = {
     "dilated": DILATED,
     "fixed": FIXED,
     "axial": AXIAL,
+    "lsh": LSH,
+    "routing": ROUTING,
     "linear": LINEAR,
     "linformer": LINFORMER,
     "adaptive_span": ADAPTIVE_SPAN,

@@ -148,6 +148,11 @@ class Attention(nnx.Module):
         """Forward FLOPs over useful pairs, as the layer stands now."""
         return self.variant.flops(self.options, B, T, S, self.dims.num_heads, self.dims.head_dim, self.dims.causal)
 
+    @property
+    def specializes(self) -> bool:
+        """Whether `specialize` does anything: then every training step is waited for."""
+        return type(self).specialize is not Attention.specialize
+
     def specialize(self) -> None:
         """Re-derives what is static from the current parameter values (e.g. the window that learned spans need).
 

@@ -81,6 +81,10 @@ class Mix(Attention):
     def flops(self, B, T, S):
         return sum(part.flops(B, T, S) for part in self.parts)
 
+    @property
+    def specializes(self):
+        return any(part.specializes for part in self.parts)
+
     def specialize(self):
         for part in self.parts:
             part.specialize()

@@ -1,0 +1,212 @@
+"""Reformer: positions are sorted by a locality-sensitive hash, so that similar ones stand near, and attend in chunks of that order.
+
+Kitaev et al. 2020, sec. 2. Queries and keys are one vector, k = q / |q|. A round of angular hashing puts x into bucket argmax [x R; -x R]
+with a random R; the sequence is sorted by (bucket, position) and cut into chunks of `bucket_size` positions, twice the mean bucket; a query
+sees its own chunk and the one before (eq. 5), only earlier positions when causal, and itself only if it sees nothing else. Rounds are
+united (eq. 6 and appendix A): a pair that met in n rounds weighs 1 / n in each, and the logsumexp of the rounds merges them.
+
+Where the paper and the authors' code (trax) differ, as in the code: scores are q'k / |k|, without another 1 / sqrt(H); a chunk is not divided
+at bucket borders, as in their experiments (eq. 4 divides it: across_buckets=False); more than 128 buckets are hashed as two factors.
+As in the paper, where versions of the code differ: pairs are counted once, and the first chunk does not look back to the last.
+Departures: rotations are drawn for every head and round of a call with a key, but shared by the examples of a batch; the paper's penalty of
+10^5 on a query itself is taken to its limit, which it reaches in float32. The layer hashes its keys alone: they are the queries in
+a model, and where they are not, a query is looked for where its key stands.
+
+Causal: no gradient or value flows back from the future, but where chunks are cut depends on the whole sequence, as in the authors' code:
+a later token can change which earlier ones a query is compared with.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from attn_zoo.attention.base import Attention, Paper, Variant, repeat_kv, softmax_reference
+from attn_zoo.attention.pattern import pair_flops
+from attn_zoo.ops.merge import merge
+from attn_zoo.ops.tiled import tiled_attention
+from attn_zoo.spec import check, check_int
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """num_hashes: rounds; bucket_size: positions in a chunk; seed: of the rotations in a call without a key.
+
+    across_buckets: whether all pairs of a chunk are seen, or those of one bucket; normalize_keys: k / |k|, or k / sqrt(H), in the scores;
+    attend_self: whether a query sees itself as any other position.
+    """
+
+    num_hashes: int = 4
+    bucket_size: int = 64
+    seed: int = 0
+    across_buckets: bool = True
+    normalize_keys: bool = True
+    attend_self: bool = False
+
+    def __post_init__(self):
+        check_int("num_hashes", self.num_hashes, 1)
+        check_int("bucket_size", self.bucket_size, 1)
+        check_int("seed", self.seed, 0)
+        for name in ("across_buckets", "normalize_keys", "attend_self"):
+            check(isinstance(getattr(self, name), bool), name, getattr(self, name), "must be True or False")
+
+
+def bucket_factors(T: int, bucket_size: int) -> tuple[int, ...]:
+    """Even numbers whose product is the number of buckets, 2 T / m (paper, sec. 2); two of them beyond 128 buckets, so that hashing stays cheap."""
+    buckets = 2 * max(1, T // bucket_size)
+    if buckets <= 128:
+        return (buckets,)
+    first = 2 ** math.ceil(math.log2(math.sqrt(buckets)))
+    return first, 2 * (buckets // (2 * first))
+
+
+def hash_buckets(k_BTKH, rotations_RKHC, factors: tuple[int, ...]):
+    """The bucket of every vector in every round, [R, B, K, T]; a scaled vector falls into the same one."""
+    k_BTKH = lax.stop_gradient(k_BTKH).astype(jnp.float32)
+
+    def one_round(rotations_KHC):
+        rotated_BKTC = jnp.einsum("BTKH,KHC->BKTC", k_BTKH, rotations_KHC, precision="highest")
+        bucket_BKT, start, step = 0, 0, 1
+        for factor in factors:
+            part = rotated_BKTC[..., start : start + factor // 2]
+            bucket_BKT = bucket_BKT + step * jnp.argmax(jnp.concatenate([part, -part], axis=-1), axis=-1).astype(jnp.int32)
+            start, step = start + factor // 2, step * factor
+        return bucket_BKT
+
+    return lax.map(one_round, rotations_RKHC)
+
+
+def normalized(k_BTKH, options: Options):
+    """Keys of root mean square 1, in float32 at least."""
+    k_BTKH = k_BTKH.astype(jnp.promote_types(k_BTKH.dtype, jnp.float32))
+    return k_BTKH * lax.rsqrt(jnp.mean(k_BTKH**2, axis=-1, keepdims=True) + 1e-6) if options.normalize_keys else k_BTKH
+
+
+def lsh_attention(q_BTNH, k_BTKH, v_BTKH, valid_BT, bucket_RBKT, options: Options, causal: bool):
+    """Attention over the pairs that met in some round, [B, T, N, H]. In `bucket` the invalid positions come last."""
+    B, T, N, H = q_BTNH.shape
+    R, K = bucket_RBKT.shape[0], k_BTKH.shape[2]
+    G, W = N // K, min(options.bucket_size, T)
+    C = -(-T // W)
+    wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
+
+    def rows(x, *rest):  # [B, T, ...] -> [B, K, C W, ...]
+        return jnp.pad(x.reshape(B, T, K, *rest).swapaxes(1, 2), [(0, 0), (0, 0), (0, C * W - T)] + [(0, 0)] * len(rest))
+
+    q, k, v = rows(q_BTNH.astype(wide), G * H), rows(normalized(k_BTKH, options), H), rows(v_BTKH.astype(wide), H)
+    valid = jnp.broadcast_to(jnp.pad(jnp.ones((B, T), bool) if valid_BT is None else valid_BT, ((0, 0), (0, C * W - T)))[:, None], (B, K, C * W))
+    bucket = jnp.pad(bucket_RBKT, ((0, 0),) * 3 + ((0, C * W - T),), constant_values=jnp.iinfo(jnp.int32).max)
+    order = jnp.argsort(bucket, axis=-1, stable=True)  # by (bucket, position)
+    rank = jnp.argsort(order, axis=-1)
+    # Query and key met where their places differ by 0 or 1. A place is a chunk or, within buckets, a chunk of one bucket.
+    place = rank // W if options.across_buckets else jnp.where(bucket < jnp.iinfo(jnp.int32).max, bucket, -1) * (C + 1) + rank // W
+    place = jnp.moveaxis(place, 0, -1)  # [B, K, C W, R]
+
+    def chunks(x):  # [B, K, C W, ...] -> [B K C, W, ...]
+        return x.reshape(B * K * C, W, *x.shape[3:])
+
+    def with_previous(x):  # [B, K, C W, ...] -> [B K C, 2 W, ...]; before the first chunk stand zeros, which are not valid
+        x = x.reshape(B, K, C, W, *x.shape[3:])
+        before = jnp.pad(x[:, :, :-1], [(0, 0), (0, 0), (1, 0)] + [(0, 0)] * (x.ndim - 3))
+        return jnp.concatenate([before, x], axis=3).reshape(B * K * C, 2 * W, *x.shape[4:])
+
+    @jax.checkpoint
+    def one_round(args):
+        r, order, rank = args
+
+        def pairs(about):
+            i, j, valid, place_i, place_j = about
+            apart = place_i[:, None] - place_j[None, :]
+            met = (apart == 0) | (apart == 1)
+            seen = jnp.take(met, r, axis=-1) & valid
+            if causal:
+                seen &= j <= i[:, None]
+            if not options.attend_self:
+                seen &= j != i[:, None]
+            return seen, -jnp.log(jnp.maximum(met.sum(axis=-1), 1).astype(wide))
+
+        sort = lambda x: jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 3)), axis=2)
+        places = sort(place)
+        about = chunks(order), with_previous(order), with_previous(sort(valid)), chunks(places), with_previous(places)
+        tiles = chunks(permute(q, order, rank)).reshape(-1, W, G, H).swapaxes(1, 2)
+        o, lse = tiled_attention(tiles, *(with_previous(permute(x, order, rank)) for x in (k, v)), pairs, about)
+        o = permute(o.swapaxes(1, 2).reshape(B, K, C * W, G * H), rank, order)[:, :, :T]
+        lse = permute(lse.swapaxes(1, 2).reshape(B, K, C * W, G), rank, order)[:, :, :T]
+        return o.swapaxes(1, 2).reshape(B, T, N, H), lse.swapaxes(1, 2).reshape(B, T, N)
+
+    o_BTNH, lse_BTN = merge(*zip(*lax.map(one_round, (jnp.arange(R), order, rank))))
+    return jnp.where(jnp.isneginf(lse_BTN)[..., None], repeat_kv(v_BTKH, N), o_BTNH)
+
+
+@jax.custom_vjp
+def permute(x_BKTH, order_BKT, inverse_BKT):
+    """x in the given order along T; the gradient goes back through the inverse, where that of a gather would be a scatter."""
+    return jnp.take_along_axis(x_BKTH, order_BKT[..., None], axis=2)
+
+
+permute.defvjp(lambda x, order, inverse: (permute(x, order, inverse), (order, inverse)), lambda orders, g: (permute(g, *orders[::-1]), None, None))
+
+
+class Lsh(Attention):
+    """Attention among positions of like hash."""
+
+    shares_query_key = True
+
+    def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
+        return lsh_attention(q_BTNH, k_BSKH, v_BSKH, valid_BS, self.buckets(k_BSKH, valid_BS, key), self.options, self.dims.causal)
+
+    def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
+        T, N = q_BTNH.shape[1:3]
+        b_RBKT, i = self.buckets(k_BSKH, valid_BS, key), jnp.arange(T)
+        mine, other = b_RBKT[..., :, None], b_RBKT[..., None, :]
+        before = (other < mine) | ((other == mine) & (i[None, :] < i[:, None]))
+        chunk = before.sum(axis=-1) // min(self.options.bucket_size, T)
+        apart = chunk[..., :, None] - chunk[..., None, :]
+        mask = ((0 <= apart) & (apart <= 1) & ((mine == other) | self.options.across_buckets)).any(axis=0)
+        mask &= ((i[None, :] <= i[:, None]) | (not self.dims.causal)) & ((i[None, :] != i[:, None]) | self.options.attend_self)
+        mask = jnp.repeat(mask if valid_BS is None else mask & valid_BS[:, None, None, :], N // self.dims.num_kv_heads, axis=1)
+        o_BTNH = softmax_reference(q_BTNH, normalized(k_BSKH, self.options), v_BSKH, mask)
+        return jnp.where(mask.any(axis=-1).swapaxes(1, 2)[..., None], o_BTNH, repeat_kv(v_BSKH, N))
+
+    def buckets(self, k_BSKH, valid_BS, key):
+        """[R, B, K, S], with invalid positions in a bucket of their own after all others."""
+        T, K, H = k_BSKH.shape[1:]
+        factors = bucket_factors(T, self.options.bucket_size)
+        key = jax.random.key(self.options.seed) if key is None else key
+        rotations = jax.random.normal(key, (self.options.num_hashes, K, H, sum(factors) // 2))
+        bucket_RBKT = hash_buckets(k_BSKH, rotations, factors)
+        return bucket_RBKT if valid_BS is None else jnp.where(valid_BS[:, None, :], bucket_RBKT, math.prod(factors))
+
+    def plan(self, T, S, masked=False):
+        return super().plan(T, S, masked) | {"buckets": math.prod(bucket_factors(T, self.options.bucket_size)), "chunks": -(-T // self.options.bucket_size)}
+
+
+def flops(options: Options, B: int, T: int, S: int, N: int, H: int, causal: bool) -> float:
+    """The rotations, and the pairs expected to be seen in every round, when buckets are equally full."""
+    factors, W = bucket_factors(T, options.bucket_size), min(options.bucket_size, T)
+    others = T * (2 * W if options.across_buckets else T / math.prod(factors)) - (W * W if options.across_buckets else 0) - T
+    pairs = (others / 2 if causal else others) + (T if options.attend_self else 0)
+    return options.num_hashes * (pair_flops(pairs, B, N, H) + 2.0 * B * N * T * H * (sum(factors) // 2))
+
+
+LSH = Variant(
+    name="lsh",
+    family="content-based sparse",
+    options=Options,
+    build=lambda options, dims, *, shared, rngs: Lsh(options, dims),
+    paper=Paper(
+        "kitaev2020reformer",
+        "Reformer: The Efficient Transformer",
+        "Kitaev, Nikita and Kaiser, {\\L}ukasz and Levskaya, Anselm",
+        2020,
+        "International Conference on Learning Representations",
+    ),
+    complexity="T R m; sorting T log T",
+    flops=flops,
+    time_order=1.0,
+    memory_order=1.0,
+    exact_when=lambda T: {"num_hashes": 1, "bucket_size": T, "normalize_keys": False, "attend_self": True},
+    cross="it sorts one sequence whose queries are its keys, so it cannot attend to another",
+)

@@ -1,0 +1,44 @@
+"""Softmax attention inside each of many small tiles, for variants that first bring together what attends (hash buckets, clusters)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from attn_zoo.ops.blocked import NEG, rows_per_step
+
+
+def tiled_attention(
+    q_MGTH: Float[Array, "M G T H"],
+    k_MSH: Float[Array, "M S H"],
+    v_MSH: Float[Array, "M S H"],
+    pairs: Callable[[Any], tuple[Array, Array | float]],
+    about: Any,
+    *,
+    scale: float | None = None,
+) -> tuple[Float[Array, "M G T H"], Float[Array, "M G T"]]:
+    """Attention of the T queries over the S keys of each of M tiles: (output, logsumexp). A row that sees nothing gives zeros and -inf.
+
+    `about` is a tree of arrays [M, ...]; pairs(its slice for one tile) -> (seen [T, S], bias [T, S] added to the scaled scores). Some tiles
+    are computed at a time and computed again in the backward pass, so the memory for scores does not grow with M.
+    """
+    M, G, T, H = q_MGTH.shape
+    scale = H**-0.5 if scale is None else scale
+
+    @jax.checkpoint
+    def attend(tile):
+        q_GTH, k_SH, v_SH, about = tile
+        seen_TS, bias_TS = pairs(about)
+        scores_GTS = jnp.where(seen_TS, scale * jnp.einsum("GTH,SH->GTS", q_GTH, k_SH) + bias_TS, NEG)
+        top_GT1 = lax.stop_gradient(scores_GTS.max(axis=-1, keepdims=True))
+        weights_GTS = jnp.where(seen_TS, jnp.exp(scores_GTS - top_GT1), 0.0)
+        total_GT = weights_GTS.sum(axis=-1)
+        empty_GT = total_GT == 0
+        safe_GT = jnp.where(empty_GT, 1.0, total_GT)
+        o_GTH = jnp.einsum("GTS,SH->GTH", weights_GTS / safe_GT[..., None], v_SH)
+        return o_GTH, jnp.where(empty_GT, -jnp.inf, top_GT1[..., 0] + jnp.log(safe_GT))
+
+    return lax.map(attend, (q_MGTH, k_MSH, v_MSH, about), batch_size=rows_per_step(M, 4 * G * T * k_MSH.shape[1]))
