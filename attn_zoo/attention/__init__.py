@@ -11,11 +11,14 @@ from attn_zoo.attention.block_local import BLOCK_LOCAL
 from attn_zoo.attention.dilated import DILATED
 from attn_zoo.attention.fixed import FIXED
 from attn_zoo.attention.full import FULL_VARIANT
+from attn_zoo.attention.global_window import GLOBAL_WINDOW
 from attn_zoo.attention.linear import LINEAR
 from attn_zoo.attention.linformer import LINFORMER
 from attn_zoo.attention.local import LOCAL
 from attn_zoo.attention.lsh import LSH
 from attn_zoo.attention.mix import MIX
+from attn_zoo.attention.random_keys import RANDOM
+from attn_zoo.attention.retention import RETENTION
 from attn_zoo.attention.routing import ROUTING
 from attn_zoo.attention.strided import STRIDED
 from attn_zoo.ops.backends import check_backend
@@ -31,9 +34,12 @@ VARIANTS: dict[str, Variant] = {
     "dilated": DILATED,
     "fixed": FIXED,
     "axial": AXIAL,
+    "global_window": GLOBAL_WINDOW,
+    "random": RANDOM,
     "lsh": LSH,
     "routing": ROUTING,
     "linear": LINEAR,
+    "retention": RETENTION,
     "linformer": LINFORMER,
     "adaptive_span": ADAPTIVE_SPAN,
     "mix": MIX,

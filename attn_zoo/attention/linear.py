@@ -1,39 +1,67 @@
 """Linearized attention: exp(q'k) replaced by phi(q)'phi(k), so that keys and values are summed once for all queries.
 
 Katharopoulos et al. 2020, eq. 5 (bidirectional) and 9 (causal, here as a chunked scan instead of one position at a time). No 1/sqrt(H).
+
+Feature maps phi besides theirs: 'relu' (Choromanski et al. 2021, sec. 4.2); 'dpfp', deterministic and parameter-free (Schlag et al. 2021,
+sec. 5.3); and 'cosformer' (Qin et al. 2022, eq. 10 to 14): relu, with pairs weighted by cos(pi / 2 (i - j) / M). M is max_len, so that neither
+the length of a sequence nor its future moves the weights; the authors' code takes the longest length of each call.
+A query that has weight for no key it sees gives zeros.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from attn_zoo.attention.base import Attention, Bound, Paper, Variant, repeat_kv
 from attn_zoo.ops.linear import linear_attention
-from attn_zoo.spec import check_choice
+from attn_zoo.spec import check, check_choice, check_int
 
-FEATURE_MAPS = {
-    "elu": lambda x: jnp.where(x > 0, x + 1, jnp.exp(jnp.minimum(x, 0))),  # elu(x) + 1, without cancellation. Katharopoulos et al. 2020, eq. 7
-    "relu": jax.nn.relu,
-}
+
+def elu(x):
+    """elu(x) + 1, without cancellation. Katharopoulos et al. 2020, eq. 7."""
+    return jnp.where(x > 0, x + 1, jnp.exp(jnp.minimum(x, 0)))
+
+
+def dpfp(x, nu: int = 1):
+    """[..., H] -> [..., 2 H nu], float32: with r = relu([x, -x]), the products r_i r_{i - s} for s = 1 to nu, i cyclic. Schlag et al. 2021, eq. 37."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    r = jax.nn.relu(jnp.concatenate([x, -x], axis=-1))
+    return jnp.concatenate([r * jnp.roll(r, shift, axis=-1) for shift in range(1, nu + 1)], axis=-1)
+
+
+def cosformer(x_BTNH, M: int):
+    """[B, T, N, 2 H], float32: relu(x) times the cosine and times the sine of pi / 2 t / M. cos(a - b) = cos a cos b + sin a sin b makes the rest."""
+    angle_T11 = jnp.pi / 2 * jnp.arange(x_BTNH.shape[1], dtype=jnp.float32)[:, None, None] / M
+    x = jax.nn.relu(x_BTNH)
+    return jnp.concatenate([x * jnp.cos(angle_T11), x * jnp.sin(angle_T11)], axis=-1)
+
+
+FEATURE_MAPS = {"elu": elu, "relu": jax.nn.relu, "dpfp": dpfp, "cosformer": cosformer}
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """feature_map: phi, elementwise."""
+    """feature_map: phi; nu: how many shifts 'dpfp' multiplies, for R = 2 H nu features."""
 
     feature_map: str = "elu"
+    nu: int = 1
 
     def __post_init__(self):
         check_choice("feature_map", self.feature_map, FEATURE_MAPS)
+        check_int("nu", self.nu, 1)
+        check(self.nu == 1 or self.feature_map == "dpfp", "nu", self.nu, f"belongs to feature_map='dpfp', not to {self.feature_map!r}")
 
 
 class Linear(Attention):
-    """Kernel attention with an elementwise feature map (R = H)."""
+    """Kernel attention with a fixed feature map."""
 
     def features(self, q_BTNH, k_BSKH, valid_BS):
         """(phi(q), phi(k)), with zeros for invalid keys."""
-        phi = FEATURE_MAPS[self.options.feature_map]
+        name = self.options.feature_map
+        arguments = {"dpfp": {"nu": self.options.nu}, "cosformer": {"M": self.dims.max_len}}.get(name, {})
+        phi = functools.partial(FEATURE_MAPS[name], **arguments)
         phi_k = phi(k_BSKH)
         return phi(q_BTNH), phi_k if valid_BS is None else jnp.where(valid_BS[:, :, None, None], phi_k, 0)
 
@@ -41,18 +69,33 @@ class Linear(Attention):
         return linear_attention(*self.features(q_BTNH, k_BSKH, valid_BS), v_BSKH, causal=self.dims.causal)
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
-        phi_q, phi_k = self.features(q_BTNH, k_BSKH, valid_BS)
-        weights_BNTS = jnp.einsum("BTNR,BSNR->BNTS", phi_q, repeat_kv(phi_k, self.dims.num_heads), precision="highest")
-        if self.dims.causal:
-            weights_BNTS = jnp.tril(weights_BNTS)
-        total = weights_BNTS.sum(axis=-1, keepdims=True)
-        weights_BNTS = weights_BNTS / jnp.where(total == 0, 1, total)
-        return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, repeat_kv(v_BSKH, self.dims.num_heads), precision="highest")
+        return kernel_reference(*self.features(q_BTNH, k_BSKH, valid_BS), v_BSKH, causal=self.dims.causal)
+
+    def flops(self, B, T, S):
+        d = self.dims
+        return flops(self.options, B, T, S, d.num_heads, d.head_dim, d.causal, K=d.num_kv_heads)
 
 
-def flops(options: Options, B: int, T: int, S: int, N: int, H: int, causal: bool) -> float:
-    """The state update of every key and the read-out of every query, R H multiply-adds and R for the denominator each."""
-    return 2.0 * B * N * (T + S) * (H * H + H)
+def kernel_reference(phi_q_BTNR, phi_k_BSKR, v_BSKH, *, causal: bool):
+    """Dense kernel attention: weights phi(q_i)'phi(k_j) over their sum, all pairs written out."""
+    N = phi_q_BTNR.shape[2]
+    weights_BNTS = jnp.einsum("BTNR,BSNR->BNTS", phi_q_BTNR, repeat_kv(phi_k_BSKR, N), precision="highest")
+    if causal:
+        weights_BNTS = jnp.tril(weights_BNTS)
+    total = weights_BNTS.sum(axis=-1, keepdims=True)
+    weights_BNTS = weights_BNTS / jnp.where(total == 0, 1, total)
+    return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, repeat_kv(v_BSKH, N), precision="highest")
+
+
+def state_flops(B: int, T: int, S: int, N: int, K: int, R: int, H: int) -> float:
+    """R H multiply-adds for the state and R for the denominator: updated by every key of each key/value head, read by every query of each head."""
+    return 2.0 * B * (T * N + S * K) * (R * H + R)
+
+
+def flops(options: Options, B: int, T: int, S: int, N: int, H: int, causal: bool, K: int | None = None) -> float:
+    """State update and read-out over R features; K key/value heads (N by default)."""
+    R = {"dpfp": 2 * options.nu * H, "cosformer": 2 * H}.get(options.feature_map, H)
+    return state_flops(B, T, S, N, K or N, R, H)
 
 
 LINEAR = Variant(

@@ -12,6 +12,16 @@ def linear_attention(phi_q_BTNR: Float[Array, "B T N R"], phi_k_BSKR: Float[Arra
     """o_i = phi(q_i)' sum_j phi(k_j) v_j' / phi(q_i)' sum_j phi(k_j), over all j or j <= i. Katharopoulos et al. 2020, eq. 5 and 9.
 
     Features must not be negative in sum over a row; invalid keys are given as phi(k) = 0. A row whose denominator is zero gives zeros.
+    """
+    o_BTNH, norm_BTN = kernel_sums(phi_q_BTNR, phi_k_BSKR, v_BSKH, causal=causal)
+    return jnp.where(norm_BTN[..., None] == 0, 0.0, o_BTNH / jnp.where(norm_BTN == 0, 1.0, norm_BTN)[..., None])
+
+
+def kernel_sums(
+    phi_q_BTNR: Float[Array, "B T N R"], phi_k_BSKR: Float[Array, "B S K R"], v_BSKH: Float[Array, "B S K H"], *, causal: bool
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """The two sums above: (phi(q_i)' sum_j phi(k_j) v_j', phi(q_i)' sum_j phi(k_j)).
+
     Accumulates in float32 at least. Causal memory is O(T) with gradients: the scan keeps one [R, H] state a chunk and recomputes the rest.
     """
     B, T, N, R = phi_q_BTNR.shape
@@ -20,24 +30,24 @@ def linear_attention(phi_q_BTNR: Float[Array, "B T N R"], phi_k_BSKR: Float[Arra
     q_BTKGR = phi_q_BTNR.reshape(B, T, K, N // K, R).astype(wide)
     k_BSKR, v_BSKH = phi_k_BSKR.astype(wide), v_BSKH.astype(wide)
     if causal:
-        return _scan(q_BTKGR, k_BSKR, v_BSKH).reshape(B, T, N, H)
+        o_BTKGH, norm_BTKG = _scan(q_BTKGR, k_BSKR, v_BSKH)
+        return o_BTKGH.reshape(B, T, N, H), norm_BTKG.reshape(B, T, N)
     state_BKRH = jnp.einsum("BSKR,BSKH->BKRH", k_BSKR, v_BSKH)
     total_BKR = k_BSKR.sum(axis=1)
-    o_BTKGH = _divide(jnp.einsum("BTKGR,BKRH->BTKGH", q_BTKGR, state_BKRH), jnp.einsum("BTKGR,BKR->BTKG", q_BTKGR, total_BKR))
-    return o_BTKGH.reshape(B, T, N, H)
+    o_BTKGH = jnp.einsum("BTKGR,BKRH->BTKGH", q_BTKGR, state_BKRH)
+    return o_BTKGH.reshape(B, T, N, H), jnp.einsum("BTKGR,BKR->BTKG", q_BTKGR, total_BKR).reshape(B, T, N)
 
 
 def _scan(q_BTKGR, k_BSKR, v_BSKH):
     """Causal form: within a chunk by its masked square, across chunks by the running state."""
     B, T, K, G, R = q_BTKGR.shape
-    S, H = v_BSKH.shape[1], v_BSKH.shape[-1]
+    H = v_BSKH.shape[-1]
     c = min(CHUNK, max(T, 1))
     chunks = -(-T // c)
-    # Keys beyond the last query are never seen; missing ones (S < T) are zeros, which add nothing.
-    k_BSKR, v_BSKH = (_fit(x, T) for x in (k_BSKR, v_BSKH))
 
-    def chunked(x):  # [B, T, ...] -> [chunks, B, c, ...]
-        x = _fit(x, chunks * c)
+    def chunked(x):  # [B, T or S, ...] -> [chunks, B, c, ...]; keys beyond the last query are never seen, missing ones are zeros, which add nothing
+        x = x[:, : chunks * c]
+        x = jnp.pad(x, [(0, 0), (0, chunks * c - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(B, chunks, c, *x.shape[2:]), 1, 0)
 
     seen_TS = jnp.tril(jnp.ones((c, c), bool))
@@ -50,18 +60,8 @@ def _scan(q_BTKGR, k_BSKR, v_BSKH):
         o = jnp.einsum("BKGTS,BSKH->BTKGH", scores, v) + jnp.einsum("BTKGR,BKRH->BTKGH", q, state_BKRH)
         norm = jnp.moveaxis(scores.sum(axis=-1), 3, 1) + jnp.einsum("BTKGR,BKR->BTKG", q, total_BKR)
         carry = state_BKRH + jnp.einsum("BSKR,BSKH->BKRH", k, v), total_BKR + k.sum(axis=1)
-        return carry, _divide(o, norm)
+        return carry, (o, norm)
 
     start = (jnp.zeros((B, K, R, H), q_BTKGR.dtype), jnp.zeros((B, K, R), q_BTKGR.dtype))
-    _, o = lax.scan(step, start, tuple(map(chunked, (q_BTKGR, k_BSKR, v_BSKH))))
-    return jnp.moveaxis(o, 0, 1).reshape(B, chunks * c, K, G, H)[:, :T]
-
-
-def _fit(x, length):
-    """x cut or padded with zeros along axis 1."""
-    missing = length - x.shape[1]
-    return x[:, :length] if missing <= 0 else jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
-
-
-def _divide(o, norm):
-    return jnp.where(norm[..., None] == 0, 0.0, o / jnp.where(norm == 0, 1.0, norm)[..., None])
+    _, sums = lax.scan(step, start, tuple(map(chunked, (q_BTKGR, k_BSKR, v_BSKH))))
+    return tuple(jnp.moveaxis(x, 0, 1).reshape(B, chunks * c, *x.shape[3:])[:, :T] for x in sums)

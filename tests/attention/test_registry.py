@@ -36,7 +36,7 @@ MISTAKES = {  # spec -> what the one line must say
     "strided(stride=0)": "stride=0: must be a whole number of at least 1, or None",
     "block(block=0)": "block=0: must be a whole number of at least 1",
     "block(random_blocks=-2)": "random_blocks=-2: must be a whole number of at least 0",
-    "linear(feature_map='elo')": "feature_map='elo': must be one of 'elu', 'relu'; did you mean 'elu'",
+    "linear(feature_map='elo')": "feature_map='elo': must be one of 'elu', 'relu', 'dpfp', 'cosformer'; did you mean 'elu'",
     "linformer(share='layer')": "share='layer': must be one of .* did you mean 'layers'",
     "linformer(rank=0)": "rank=0: must be a whole number of at least 1",
     "adaptive_span(init=200, max_span=100)": "init=200: must be at most max_span=100",

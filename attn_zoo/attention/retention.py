@@ -1,0 +1,113 @@
+"""Retention: linear attention in which every head forgets at its own fixed rate, o_t = norm(sum_{j <= t} gamma^(t - j) (q_t' k_j) v_j).
+
+Sun et al. 2023 (RetNet), eq. 5 to 8: gamma = 1 - 2^(-first - h) for head h. As in their paragraph on score normalization, scores are divided by
+sqrt(H), decays by the square root of their sum over a row, and the result by max(|sum of the scores|, 1), a constant to the gradient as in their
+code. Then each head's output is divided by its root mean square, their group norm, which has no parameters and to which those factors
+matter only through its epsilon. Left to the layer around it: the rotation of queries and keys (positions='rotary') and the swish gate.
+Beyond the paper: bidirectionally the decay is gamma^|t - j|, and query heads that share keys and values share their decay.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attn_zoo.attention.base import Attention, Bound, Paper, Variant, repeat_kv
+from attn_zoo.ops.decayed import decayed_attention
+from attn_zoo.spec import check_number
+
+EPSILON = 1e-6  # of the group norm, as in the authors' code
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """first: a position takes 2^-first of the past from head 0, and from each further head half as much as from the one before."""
+
+    first: float = 5.0
+
+    def __post_init__(self):
+        check_number("first", self.first, 0.1, 20)
+
+
+class Retention(Attention):
+    """Fixed exponential decay per key/value head."""
+
+    def log_decays(self) -> np.ndarray:
+        """log gamma of each key/value head, [K], float64."""
+        return np.log1p(-(2.0 ** -(self.options.first + np.arange(self.dims.num_kv_heads))))
+
+    def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
+        B, T, N, _ = q_BTNH.shape
+        log_decay_BTK = jnp.broadcast_to(self.log_decays().astype(np.float32), (B, T, self.dims.num_kv_heads))
+        ones_BSK1 = jnp.ones((*v_BSKH.shape[:3], 1), jnp.promote_types(v_BSKH.dtype, jnp.float32))
+        q, k, v = q_BTNH, k_BSKH, jnp.concatenate([v_BSKH.astype(ones_BSK1.dtype), ones_BSK1], axis=-1)  # the ones sum the scores along with the values
+        o = decayed_attention(q, k, v, log_decay_BTK)
+        if not self.dims.causal:
+            ahead = decayed_attention(*(x[:, ::-1] for x in (q, k, v)), log_decay_BTK)[:, ::-1]
+            own = jnp.einsum("BTNH,BTNH->BTN", *(x.astype(o.dtype) for x in (q, repeat_kv(k, N))))  # is in both
+            o = o + ahead - own[..., None] * repeat_kv(v, N)
+        o = o * self.score_scale(T)
+        return group_norm(o[..., :-1], o[..., -1:])
+
+    def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
+        T, N = q_BTNH.shape[1:3]
+        t = np.arange(T)
+        decay_KTS = np.exp(self.log_decays()[:, None, None] * abs(t[:, None] - t))
+        decay_KTS = np.tril(decay_KTS) if self.dims.causal else decay_KTS
+        decay_KTS = decay_KTS / np.sqrt(decay_KTS.sum(axis=-1, keepdims=True))
+        scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, repeat_kv(k_BSKH, N), precision="highest") * self.dims.head_dim**-0.5
+        scores_BNTS = scores_BNTS * np.repeat(decay_KTS, N // self.dims.num_kv_heads, axis=0).astype(np.float32)
+        o_BTNH = jnp.einsum("BNTS,BSNH->BTNH", scores_BNTS, repeat_kv(v_BSKH, N), precision="highest")
+        return group_norm(o_BTNH, jnp.moveaxis(scores_BNTS.sum(axis=-1), 1, 2)[..., None])
+
+    def score_scale(self, T: int) -> np.ndarray:
+        """1 / sqrt(H sum_j gamma^|t - j|) of each position and query head, [T, N, 1], the sum over j <= t, or all j if not causal."""
+        log_K, t_T1 = self.log_decays(), np.arange(T)[:, None]
+        back, ahead = ((np.expm1(n * log_K) / np.expm1(log_K)) for n in (t_T1 + 1, T - t_T1))  # geometric sums of n terms
+        total_TK = back if self.dims.causal else back + ahead - 1
+        scale_TK = ((self.dims.head_dim * total_TK) ** -0.5).astype(np.float32)
+        return np.repeat(scale_TK, self.dims.num_heads // self.dims.num_kv_heads, axis=1)[..., None]
+
+    def flops(self, B, T, S):
+        d = self.dims
+        return flops(self.options, B, T, S, d.num_heads, d.head_dim, d.causal, K=d.num_kv_heads)
+
+
+def group_norm(o_BTNH, scores_BTN1):
+    """Each head's output over max(|sum of its scores|, 1), and then over its root mean square."""
+    o_BTNH = o_BTNH / jnp.maximum(abs(jax.lax.stop_gradient(scores_BTN1)), 1)
+    return o_BTNH * (jnp.mean(jnp.square(o_BTNH), axis=-1, keepdims=True) + EPSILON) ** -0.5
+
+
+def flops(options: Options, B: int, T: int, S: int, N: int, H: int, causal: bool, K: int | None = None) -> float:
+    """State update of each of K key/value heads (N by default) and read-out, of values and sum of scores; twice when bidirectional."""
+    return 2.0 * B * (T * N + S * (K or N)) * H * (H + 1) * (1 if causal else 2)
+
+
+RETENTION = Variant(
+    name="retention",
+    family="linearized",
+    options=Options,
+    build=lambda options, dims, *, shared, rngs: Retention(options, dims),
+    paper=Paper(
+        "sun2023retentive",
+        "Retentive Network: A Successor to Transformer for Large Language Models",
+        "Sun, Yutao and Dong, Li and Huang, Shaohan and Ma, Shuming and Xia, Yuqing and Xue, Jilong and Wang, Jianyong and Wei, Furu",
+        2023,
+        "arXiv:2307.08621",
+    ),
+    complexity="T H",
+    flops=flops,
+    time_order=1.0,
+    memory_order=1.0,
+    exact_when=lambda T: None,
+    bound=Bound(
+        # Measured 4.4. The same outputs with their sign turned, moved by one position or swapped between the two heads are at 4.8 or more.
+        "no limit of it is a softmax, with scores of either sign and outputs of length sqrt(H); while it forgets nothing it leans to the same values",
+        scale=10.0,
+        error=4.6,
+        options=(("first", 20.0),),
+    ),
+    cross="its decay is by the distance between two positions of one sequence",
+)
