@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attn_zoo.attention.adaptive_span import ADAPTIVE_SPAN
+from attn_zoo.attention.additive import ADDITIVE
 from attn_zoo.attention.axial import AXIAL
 from attn_zoo.attention.base import Attention, Dims, Loss, Paper, Statistic, Variant, require
 from attn_zoo.attention.block import BLOCK
@@ -16,17 +17,21 @@ from attn_zoo.attention.linear import LINEAR
 from attn_zoo.attention.linformer import LINFORMER
 from attn_zoo.attention.local import LOCAL
 from attn_zoo.attention.lsh import LSH
+from attn_zoo.attention.luong_local import LUONG_LOCAL
 from attn_zoo.attention.mix import MIX
 from attn_zoo.attention.random_keys import RANDOM
 from attn_zoo.attention.retention import RETENTION
 from attn_zoo.attention.routing import ROUTING
 from attn_zoo.attention.strided import STRIDED
+from attn_zoo.attention.topk import TOPK
 from attn_zoo.ops.backends import check_backend
 from attn_zoo.spec import Spec, UserError, check, check_int, nearest, parse, parse_one
 
 # In the order of the table, family by family.
 VARIANTS: dict[str, Variant] = {
     "full": FULL_VARIANT,
+    "additive": ADDITIVE,
+    "luong_local": LUONG_LOCAL,
     "local": LOCAL,
     "strided": STRIDED,
     "block": BLOCK,
@@ -38,6 +43,7 @@ VARIANTS: dict[str, Variant] = {
     "random": RANDOM,
     "lsh": LSH,
     "routing": ROUTING,
+    "topk": TOPK,
     "linear": LINEAR,
     "retention": RETENTION,
     "linformer": LINFORMER,

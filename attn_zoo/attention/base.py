@@ -184,7 +184,7 @@ class Attention(nnx.Module):
 
 
 def repeat_kv(x_BSKH: Array, num_heads: int) -> Array:
-    """Key/value heads repeated for the query heads that share them, [B S N H]; for reference forms only."""
+    """Key/value heads repeated for the query heads that share them, [B S N H]: for references, and where every query head chooses its own keys."""
     return jnp.repeat(x_BSKH, num_heads // x_BSKH.shape[2], axis=2)
 
 

@@ -20,10 +20,12 @@ def gathered_attention(
     *,
     valid_BS: Bool[Array, "B S"] | None = None,
     scale: float | None = None,
+    factor_TR: Float[Array, "*batch T R"] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """Softmax attention of query t over keys index[t, r] where seen[t, r]: (output, float32 logsumexp).
 
     `index` and `seen` are [T, R], the same for all heads, or [B, K, T, R]. No key may be listed twice in a row. Rows that see nothing give zeros, -inf.
+    `factor`, like them and differentiable, multiplies the weights after the softmax: they no longer sum to one, and the logsumexp does not know of it.
     """
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
@@ -38,6 +40,7 @@ def gathered_attention(
     valid_BKS = None if valid_BS is None else jnp.broadcast_to(valid_BS[:, None], (B, K, S))
     q_BKGTH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)
     index, seen = (jnp.broadcast_to(x, (B, K, T, R)) if x.ndim == 4 else x[None, None] for x in (index_TR, seen_TR))
+    factor = None if factor_TR is None else jnp.broadcast_to(factor_TR, index.shape)
 
     def chunks(x, axis):
         x = jnp.pad(x, [(0, steps * step - T if a == axis else 0) for a in range(x.ndim)])
@@ -45,7 +48,7 @@ def gathered_attention(
 
     @jax.checkpoint
     def attend(args):
-        q, index, seen = args
+        q, index, seen, factor = args
         wide = jnp.broadcast_to(index, (B, K, *index.shape[2:])).reshape(B, K, -1)
         take = lambda x: jnp.take_along_axis(x, wide[..., None], axis=2).reshape(B, K, step, R, H)
         scores = scale * jnp.einsum("BKGTH,BKTRH->BKGTR", q.astype(wide_dtype), take(k_BKSH))
@@ -58,10 +61,11 @@ def gathered_attention(
         total = p.sum(axis=-1)
         any_seen = total > 0
         safe = jnp.where(any_seen, total, 1.0)
-        o = jnp.einsum("BKGTR,BKTRH->BKGTH", p / safe[..., None], take(v_BKSH))
+        weights = p / safe[..., None] if factor is None else p / safe[..., None] * factor[:, :, None]
+        o = jnp.einsum("BKGTR,BKTRH->BKGTH", weights, take(v_BKSH))
         return o.astype(q.dtype), jnp.where(any_seen, top[..., 0] + jnp.log(safe), -jnp.inf)
 
-    o, lse = lax.map(attend, (chunks(q_BKGTH, 3), chunks(index, 2), chunks(seen, 2)))
+    o, lse = lax.map(attend, (chunks(q_BKGTH, 3), chunks(index, 2), chunks(seen, 2), None if factor is None else chunks(factor, 2)))
     o = jnp.moveaxis(o, 0, 3).reshape(B, K, G, steps * step, H)[:, :, :, :T].transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
     lse = jnp.moveaxis(lse, 0, 3).reshape(B, K, G, steps * step)[..., :T].transpose(0, 3, 1, 2).reshape(B, T, N)
     return o, lse

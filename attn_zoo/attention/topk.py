@@ -1,0 +1,95 @@
+"""Top-k attention: every query attends to the `k` keys it scores highest, found exactly, some queries at a time.
+
+Gupta et al. 2021 (blocked exact selection); Zhao et al. 2019 (explicit sparse transformer). All scores are computed, so time stays quadratic;
+what is saved is memory, and that gradients reach the chosen keys alone. Ties are broken towards the earlier key.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from attn_zoo.attention.base import Attention, Paper, Variant, repeat_kv, softmax_reference
+from attn_zoo.attention.pattern import pair_flops
+from attn_zoo.ops.gathered import gathered_attention
+from attn_zoo.ops.patterns import CAUSAL, FULL, count_pairs
+from attn_zoo.spec import check_int
+
+SCORE_BYTES = 4 * 2**20  # of the scores that are compared at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """k: keys a query attends to."""
+
+    k: int = 32
+
+    def __post_init__(self):
+        check_int("k", self.k, 1)
+
+
+class TopK(Attention):
+    """The largest scores."""
+
+    def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
+        k_BSNH, v_BSNH = (repeat_kv(x, self.dims.num_heads) for x in (k_BSKH, v_BSKH))  # heads that share keys choose apart
+        index, seen = select(q_BTNH, k_BSNH, valid_BS, self.options.k, self.dims.causal)
+        return gathered_attention(q_BTNH, k_BSNH, v_BSNH, index, seen)[0]
+
+    def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
+        """Dense softmax over the same choice: between scores that differ by rounding alone, either would be right."""
+        N, S = self.dims.num_heads, k_BSKH.shape[1]
+        index, seen = select(q_BTNH, repeat_kv(k_BSKH, N), valid_BS, self.options.k, self.dims.causal)
+        chosen_BNTS = jnp.put_along_axis(jnp.zeros((*index.shape[:3], S), bool), index, seen, axis=-1, inplace=False)
+        return softmax_reference(q_BTNH, k_BSKH, v_BSKH, chosen_BNTS)
+
+
+def select(q_BTNH, k_BSNH, valid_BS, k: int, causal: bool):
+    """(index, seen), each [B, N, T, min(k, S)]: the best keys of each query, best first; seen is False where it may see fewer.
+
+    Scores are float32 whatever the inputs. Equal ones are ranked by position.
+    """
+    (B, T, N, H), S = q_BTNH.shape, k_BSNH.shape[1]
+    step = max(1, min(T, SCORE_BYTES // (4 * B * N * S)))
+    steps = -(-T // step)
+    q_BTNH, k_BSNH = (lax.stop_gradient(x).astype(jnp.float32) for x in (q_BTNH, k_BSNH))
+    q = jnp.pad(q_BTNH, ((0, 0), (0, steps * step - T), (0, 0), (0, 0))).reshape(B, steps, step, N, H).swapaxes(0, 1)
+
+    def best(args):
+        q, start = args
+        scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q, k_BSNH, precision="highest")
+        if causal:
+            scores_BNTS = jnp.where(jnp.arange(S) <= start + jnp.arange(step)[:, None], scores_BNTS, -jnp.inf)
+        if valid_BS is not None:
+            scores_BNTS = jnp.where(valid_BS[:, None, None, :], scores_BNTS, -jnp.inf)
+        values, index = lax.top_k(scores_BNTS, min(k, S))
+        return index, values > -jnp.inf
+
+    chosen = lax.map(best, (q, jnp.arange(steps) * step))
+    return tuple(jnp.moveaxis(x, 0, 2).reshape(B, N, steps * step, -1)[:, :, :T] for x in chosen)
+
+
+def flops(options: Options, B: int, T: int, S: int, N: int, H: int, causal: bool) -> float:
+    """Scores of all visible pairs, and the attention of the chosen ones."""
+    return 0.5 * pair_flops(count_pairs(CAUSAL if causal else FULL, T, S), B, N, H) + pair_flops(T * min(options.k, S), B, N, H)
+
+
+TOPK = Variant(
+    name="topk",
+    family="content-based sparse",
+    options=Options,
+    build=lambda options, dims, *, shared, rngs: TopK(options, dims),
+    paper=Paper(
+        "gupta2021memory",
+        "Memory-efficient Transformers via Top-k Attention",
+        "Gupta, Ankit and Dar, Guy and Goodman, Shaya and Ciprut, David and Berant, Jonathan",
+        2021,
+        "Proceedings of the Second Workshop on Simple and Efficient Natural Language Processing",
+    ),
+    complexity="T S scores, T k kept",
+    flops=flops,
+    time_order=2.0,
+    memory_order=1.0,
+    exact_when=lambda T: {"k": T},
+)
