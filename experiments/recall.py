@@ -20,16 +20,32 @@ from attn_zoo.report import write_report
 
 SEVEN = ("full", "local(window=8)", "strided(stride=8)", "block(block=8, random_blocks=1)", "linear", "linformer(rank=16)", "adaptive_span(max_span=64, init=16, ramp=8)")
 OTHERS = (
+    "additive",
+    "luong_local(window=8)",
+    "block_local(block=16)",
+    "dilated(window=4, dilation=4)",
+    "fixed(stride=8, summary=2)",
+    "axial(width=8)",
+    "global_window(window=8, globals=4)",
+    "bigbird(window=4, globals=2, random=6)",
+    "random(k=12)",
+    "lsh(bucket_size=16)",
+    "routing(clusters=4)",
+    "topk(k=8)",
+    "linear(feature_map='relu')",
+    "linear(feature_map='dpfp')",
+    "linear(feature_map='cosformer')",
+    "retention",
     "mix(local(window=8), full)",
-)  # fmt: skip
+)
 
 mqar = Experiment(
     name="recall_mqar",
-    task="mqar(vocab=64, pairs=4)",
+    task="mqar(vocab=32, pairs=4)",
     variants=tuple(spec for spec in (*SEVEN, *OTHERS) if find(spec)[0].causal is True),
     seq_lens=(64,),
     model=Model(D=64, layers=2, N=2, positions="learned"),
-    train=Train(steps=1000, tokens_per_step=2048, lr=4e-3, warmup=50, log_every=20, eval_tokens=65536),
+    train=Train(steps=1200, tokens_per_step=2048, lr=4e-3, warmup=50, log_every=20, eval_tokens=65536),
     measure=Measure(modes=()),
     timeout_s=900,
 )

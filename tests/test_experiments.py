@@ -51,3 +51,13 @@ def test_every_model_of_an_experiment_builds(path, tmp_path):
         else:
             train.Model(cell, task)
     assert not list(tmp_path.iterdir()), "building a model prepares no data"
+
+
+def test_recall_trains_every_variant_where_it_can(tmp_path):
+    recall = runpy.run_path(str(FOLDER / "recall.py"))
+    of = lambda experiment: {spec.name for text in experiment.variants for spec in parse_variant(text)}
+    assert of(recall["listops"]) == set(VARIANTS)
+    assert of(recall["mqar"]) == {name for name, v in VARIANTS.items() if v.causal is True}
+    for experiment in (recall["mqar"], recall["listops"]):
+        for cell in sweep.cells(experiment, str(tmp_path)):
+            train.Model(cell, load_task(cell.task, cell.seq_len, str(tmp_path)))

@@ -7,6 +7,7 @@ from attn_zoo.attention.adaptive_span import ADAPTIVE_SPAN
 from attn_zoo.attention.additive import ADDITIVE
 from attn_zoo.attention.axial import AXIAL
 from attn_zoo.attention.base import Attention, Dims, Loss, Paper, Statistic, Variant, require
+from attn_zoo.attention.bigbird import BIGBIRD
 from attn_zoo.attention.block import BLOCK
 from attn_zoo.attention.block_local import BLOCK_LOCAL
 from attn_zoo.attention.dilated import DILATED
@@ -19,7 +20,7 @@ from attn_zoo.attention.local import LOCAL
 from attn_zoo.attention.lsh import LSH
 from attn_zoo.attention.luong_local import LUONG_LOCAL
 from attn_zoo.attention.mix import MIX
-from attn_zoo.attention.random_keys import RANDOM
+from attn_zoo.attention.random import RANDOM
 from attn_zoo.attention.retention import RETENTION
 from attn_zoo.attention.routing import ROUTING
 from attn_zoo.attention.strided import STRIDED
@@ -40,6 +41,7 @@ VARIANTS: dict[str, Variant] = {
     "fixed": FIXED,
     "axial": AXIAL,
     "global_window": GLOBAL_WINDOW,
+    "bigbird": BIGBIRD,
     "random": RANDOM,
     "lsh": LSH,
     "routing": ROUTING,

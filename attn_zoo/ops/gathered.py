@@ -5,6 +5,7 @@ Keys and values are gathered some queries at a time and gathered again in the ba
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -69,3 +70,11 @@ def gathered_attention(
     o = jnp.moveaxis(o, 0, 3).reshape(B, K, G, steps * step, H)[:, :, :, :T].transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
     lse = jnp.moveaxis(lse, 0, 3).reshape(B, K, G, steps * step)[..., :T].transpose(0, 3, 1, 2).reshape(B, T, N)
     return o, lse
+
+
+def listed_mask(index_TR: np.ndarray, seen_TR: np.ndarray, S: int) -> np.ndarray:
+    """The pairs that such lists mean, as a [T, S] array, for references."""
+    mask = np.zeros((len(index_TR), S), bool)
+    row, place = np.nonzero(seen_TR)
+    mask[row, index_TR[row, place]] = True
+    return mask
