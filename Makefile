@@ -3,8 +3,10 @@ ACCELERATOR ?= cpu
 PYTHON ?= python3
 LOCK := locks/$(ACCELERATOR).txt
 READY := .venv/.ready-$(ACCELERATOR)
+PEERS_READY := .venv-peers/.ready
+CHECK_PYTHON = @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "attn_zoo needs Python 3.11 or later; this is " + sys.version.split()[0] + ". Try: make venv PYTHON=python3.11")'
 
-.PHONY: sweep test venv locks
+.PHONY: sweep test test-peers venv locks
 
 sweep: $(READY)
 	.venv/bin/python launch.py --config=experiments/seq_len.py --workdir=results/seq_len
@@ -12,14 +14,26 @@ sweep: $(READY)
 test: $(READY)
 	.venv/bin/python -m pytest -n 2
 
+# Agreement with the PyTorch packages of others, on the CPU; without them `make test` skips these tests.
+test-peers: $(PEERS_READY)
+	.venv-peers/bin/python -m pytest tests/peers
+
 venv: $(READY)
 
 $(READY): $(LOCK) setup.cfg pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "attn_zoo needs Python 3.11 or later; this is " + sys.version.split()[0] + ". Try: make venv PYTHON=python3.11")'
+	$(CHECK_PYTHON)
 	rm -f .venv/.ready-*
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $(LOCK)
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+$(PEERS_READY): locks/cpu.txt setup.cfg pyproject.toml
+	$(CHECK_PYTHON)
+	rm -f $@
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r locks/cpu.txt
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[peers]'
 	touch $@
 
 # Renew the locks (needs uv: https://docs.astral.sh/uv).

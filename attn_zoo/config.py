@@ -29,7 +29,7 @@ class Model:
     F: int | None = None  # feed-forward dim; None: 4 D, or 8/3 D for swiglu
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_position: Literal["pre", "post"] = "pre"
-    ffn: Literal["relu", "gelu", "swiglu"] = "gelu"
+    ffn: Literal["relu", "gelu", "swiglu", "none"] = "gelu"  # none: a block is its attention alone, as with persistent memory
     positions: Literal["learned", "sinusoidal", "sinusoidal_concat", "rotary", "none"] = "learned"
     dropout: float = 0.0  # of embeddings and of both residual branches, as in Vaswani 2017
     tie_embeddings: bool = True
@@ -46,6 +46,7 @@ class Model:
         check(self.N % (self.K or self.N) == 0, "K", self.K, f"must divide N={self.N}")
         check_number("dropout", self.dropout, 0, 0.99)
         _check_choices(self)
+        check(self.F is None or self.ffn != "none", "F", self.F, "has no meaning with ffn='none'; leave it None")
         if self.positions == "rotary" and self.head_dim % 2:
             raise UserError(f"H={self.head_dim}: rotary positions turn channels in pairs, so the head dim must be even; nearest: {self.head_dim + 1}")
 

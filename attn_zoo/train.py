@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from attn_zoo import config
-from attn_zoo.attention import Attention, Loss, Statistic, parse_variant
+from attn_zoo.attention import Attention, Drawn, Loss, ScoreFunction, Statistic, parse_variant
 from attn_zoo.measure import compile_timed
 from attn_zoo.models import Transformer, compiler_options
 from attn_zoo.tasks.base import Batch, Task
@@ -27,7 +27,8 @@ from attn_zoo.tasks.base import Batch, Task
 if TYPE_CHECKING:
     from attn_zoo.checkpoints import Checkpoints
 
-State = dict[str, Any]  # params, rest (variables that are not trained), optimizer, key, step: one pytree of arrays
+State = dict[str, Any]  # params, rest (variables that are not trained), optimizer, baseline, key, step: one pytree of arrays
+BASELINE_DECAY = 0.9  # of the moving average of the loss that samples are judged by. Xu et al. 2015, sec. 4.1
 
 
 class Diverged(Exception):
@@ -56,6 +57,7 @@ class Model:
         self.compiler_options = compiler_options(cell.model)
         self.abstract = nnx.eval_shape(build)
         self.graph, self._params, self._rest = nnx.split(self.abstract, nnx.Param, ...)
+        self.drawn = nnx.to_pure_dict(jax.tree.map(lambda x: isinstance(x, Drawn), self._rest, is_leaf=lambda x: isinstance(x, nnx.Variable)))
         # Only such layers make the loop look at parameter values between steps.
         self.specializes = any(b.mixer.attention.specializes for b in self.abstract.blocks)
 
@@ -91,18 +93,28 @@ class Model:
         leaves = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(nnx.state(self.bind(params, rest), Statistic)))[0]
         return {".".join(str(k.key) for k in path): np.asarray(value).tolist() for path, value in leaves}
 
-    def sums(self, params: dict, rest: dict, batch: Batch, key: jax.Array | None) -> tuple[dict[str, jax.Array], dict]:
-        """Over the scored targets of the batch, sums of {entropy (nats), correct, weight}, and `own`: the layers' own loss. And the rest afterwards."""
+    def sums(self, params: dict, rest: dict, batch: Batch, key: jax.Array | None, baseline: jax.Array | float = 0.0) -> tuple[dict[str, jax.Array], dict]:
+        """Over the scored targets of the batch, sums of {entropy (nats), correct, weight}, and of the layers' own terms. And the rest afterwards.
+
+        `own` is the layers' own loss. `score` has a meaning only as a term of the objective beside `entropy`: its gradient is, over examples, the
+        sum of (entropy - baseline a target) d log p(what layers sampled).
+        """
         model = self.bind(params, rest)
         logits = model(batch["inputs"], valid_BT=batch["valid"] if self.padded else None, key=key)
         weights = batch["weights"]
+        entropies = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"]) * weights
+        _, _, scores, others = nnx.split(model, nnx.Param, ScoreFunction, ...)
+        per_example = lambda x: x.reshape(len(x), -1).sum(axis=1)
+        advantages = jax.lax.stop_gradient(per_example(entropies) - baseline * per_example(weights))
         sums = {
-            "entropy": (optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"]) * weights).sum(),
+            "entropy": entropies.sum(),
             "correct": ((logits.argmax(axis=-1) == batch["targets"]) * weights).sum(),
             "weight": weights.sum(),
             "own": sum((jnp.sum(x) for x in jax.tree.leaves(nnx.state(model, Loss))), jnp.zeros(())),
+            "score": sum(((advantages * log_probs).sum() for log_probs in jax.tree.leaves(scores)), jnp.zeros(())),
         }
-        _, _, rest = nnx.split(model, nnx.Param, ...)
+        # What was sampled is of this step and this device's rows: it does not stay.
+        rest = nnx.merge_state(others, jax.tree.map(lambda _: jnp.zeros(()), scores))
         return sums, nnx.to_pure_dict(rest)
 
 
@@ -133,32 +145,41 @@ def make_steps(model: Model, train: config.Train, mesh: Mesh) -> Steps:
     optimizer = make_optimizer(train)
     devices = mesh.size
 
-    def gradients(params, rest, batch, key):
-        """Metrics over the global batch, gradients of mean cross-entropy plus the layers' own losses, and the rest; on one device's rows."""
+    def gradients(params, rest, batch, key, baseline):
+        """Metrics over the global batch, gradients of mean cross-entropy plus what the layers add to it, and the rest; on one device's rows."""
 
         def objective(params):
-            sums, after = model.sums(params, rest, batch, key)
+            sums, after = model.sums(params, rest, batch, key, baseline)
             weight = jax.lax.psum(sums["weight"], "data")
-            return sums["entropy"] / weight + sums["own"] / devices, (sums, after)
+            return (sums["entropy"] + sums["score"]) / weight + sums["own"] / devices, (sums, after)
 
         grads, (sums, after) = jax.grad(objective, has_aux=True)(params)
         sums, grads = jax.lax.psum((sums, grads), "data")
-        after = jax.tree.map(lambda x: jax.lax.pmean(x, "data") if jnp.issubdtype(x.dtype, jnp.floating) else x, after)
+        after = jax.tree.map(across_devices, after, model.drawn)
         metrics = {"loss": sums["entropy"] / sums["weight"], "accuracy": sums["correct"] / sums["weight"], "own_loss": sums["own"] / devices}
         return metrics, grads, after
 
+    def across_devices(x, drawn):
+        """State that all devices agree on: the mean of what each made of its rows, or the first one's draw."""
+        if drawn:
+            return jax.lax.psum(jnp.where(jax.lax.axis_index("data") == 0, x, jnp.zeros_like(x)), "data")
+        return jax.lax.pmean(x, "data") if jnp.issubdtype(x.dtype, jnp.floating) else x
+
     def train_step(state, batch):
         key = jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"])
-        metrics, grads, rest = gradients(state["params"], state["rest"], batch, jax.random.fold_in(key, jax.lax.axis_index("data")))
+        # The average starts at zero, and what it lacks in the first steps is made up for; before the first, there is nothing to compare with.
+        baseline = state["baseline"] / jnp.maximum(1 - BASELINE_DECAY ** state["step"], 1 - BASELINE_DECAY)
+        metrics, grads, rest = gradients(state["params"], state["rest"], batch, jax.random.fold_in(key, jax.lax.axis_index("data")), baseline)
         updates, opt_state = optimizer.update(grads, state["optimizer"], state["params"])
         params = optax.apply_updates(state["params"], updates)
-        return state | {"params": params, "rest": rest, "optimizer": opt_state, "step": state["step"] + 1}, metrics
+        moved = {"baseline": BASELINE_DECAY * state["baseline"] + (1 - BASELINE_DECAY) * metrics["loss"], "step": state["step"] + 1}
+        return state | {"params": params, "rest": rest, "optimizer": opt_state} | moved, metrics
 
     def forward(params, rest, batch):
         return jax.lax.psum(model.sums(params, rest, batch, None)[0], "data")
 
     def forward_backward(params, rest, batch):
-        return gradients(params, rest, batch, None)
+        return gradients(params, rest, batch, None, 0.0)
 
     def sharded(function, arguments, **jit):
         # Replication is by construction (everything returned was summed over devices); tracking it through custom gradients would fail.
@@ -173,7 +194,8 @@ def fresh_state(model: Model, cell: config.Cell) -> State:
     """The state before the first step."""
     params, rest = model.init()
     key = jax.random.key_data(jax.random.key(cell.seed, impl="threefry2x32"))
-    return {"params": params, "rest": rest, "optimizer": jax.jit(make_optimizer(cell.train).init)(params), "key": key, "step": jnp.zeros((), jnp.int32)}
+    optimizer = jax.jit(make_optimizer(cell.train).init)(params)
+    return {"params": params, "rest": rest, "optimizer": optimizer, "baseline": jnp.zeros(()), "key": key, "step": jnp.zeros((), jnp.int32)}
 
 
 def batch_size(cell: config.Cell) -> int:

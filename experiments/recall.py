@@ -21,7 +21,10 @@ from attn_zoo.report import write_report
 SEVEN = ("full", "local(window=8)", "strided(stride=8)", "block(block=8, random_blocks=1)", "linear", "linformer(rank=16)", "adaptive_span(max_span=64, init=16, ramp=8)")
 OTHERS = (
     "additive",
+    "hard",
     "luong_local(window=8)",
+    "persistent(slots=16)",
+    "attention_over_attention",
     "block_local(block=16)",
     "dilated(window=4, dilation=4)",
     "fixed(stride=8, summary=2)",
@@ -35,7 +38,12 @@ OTHERS = (
     "linear(feature_map='relu')",
     "linear(feature_map='dpfp')",
     "linear(feature_map='cosformer')",
+    "performer(features=64)",
+    "rfa",
+    "delta",
     "retention",
+    "memory_compressed",
+    "luna",
     "mix(local(window=8), full)",
 )
 

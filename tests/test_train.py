@@ -124,6 +124,19 @@ def test_devices_change_nothing(variant):
     assert_close(four.state["rest"], one.state["rest"])  # statistics and own losses are those of one device
 
 
+def test_devices_keep_the_draw_of_the_first_of_them():
+    """The mean of their random directions would not be orthogonal, nor as long."""
+    cell = make_cell("performer(features=8, redraw=True)")
+    model, steps, _, rest, batch = steps_of(cell, devices=4)
+    [before] = jax.tree.leaves(jax.tree.map(np.asarray, rest))
+    state = jax.device_put(train.fresh_state(model, cell), NamedSharding(train.make_mesh(4), P()))
+    [found] = jax.tree.leaves(steps.train(state, batch)[0]["rest"])
+    assert found.shape == (8, 8) and not np.allclose(found, before)
+    products = np.asarray(found @ found.T)
+    np.testing.assert_allclose(products, np.diag(np.diag(products)), atol=1e-4)
+    assert len({np.asarray(shard.data).tobytes() for shard in found.addressable_shards}) == 1
+
+
 @pytest.mark.parametrize("devices", [1, 4])
 def test_the_loss_is_the_mean_over_all_scored_targets_of_the_batch(devices):
     model, steps, params, rest, batch = steps_of(make_cell(), devices)

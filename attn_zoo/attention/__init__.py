@@ -5,23 +5,31 @@ from flax import nnx
 
 from attn_zoo.attention.adaptive_span import ADAPTIVE_SPAN
 from attn_zoo.attention.additive import ADDITIVE
+from attn_zoo.attention.attention_over_attention import ATTENTION_OVER_ATTENTION
 from attn_zoo.attention.axial import AXIAL
-from attn_zoo.attention.base import Attention, Dims, Loss, Paper, Statistic, Variant, require
+from attn_zoo.attention.base import Attention, Dims, Drawn, Loss, Paper, ScoreFunction, Statistic, Variant, require
 from attn_zoo.attention.bigbird import BIGBIRD
 from attn_zoo.attention.block import BLOCK
 from attn_zoo.attention.block_local import BLOCK_LOCAL
+from attn_zoo.attention.delta import DELTA
 from attn_zoo.attention.dilated import DILATED
 from attn_zoo.attention.fixed import FIXED
 from attn_zoo.attention.full import FULL_VARIANT
 from attn_zoo.attention.global_window import GLOBAL_WINDOW
+from attn_zoo.attention.hard import HARD
 from attn_zoo.attention.linear import LINEAR
 from attn_zoo.attention.linformer import LINFORMER
 from attn_zoo.attention.local import LOCAL
 from attn_zoo.attention.lsh import LSH
+from attn_zoo.attention.luna import LUNA
 from attn_zoo.attention.luong_local import LUONG_LOCAL
+from attn_zoo.attention.memory_compressed import MEMORY_COMPRESSED
 from attn_zoo.attention.mix import MIX
+from attn_zoo.attention.performer import PERFORMER
+from attn_zoo.attention.persistent import PERSISTENT
 from attn_zoo.attention.random import RANDOM
 from attn_zoo.attention.retention import RETENTION
+from attn_zoo.attention.rfa import RFA
 from attn_zoo.attention.routing import ROUTING
 from attn_zoo.attention.strided import STRIDED
 from attn_zoo.attention.topk import TOPK
@@ -32,7 +40,10 @@ from attn_zoo.spec import Spec, UserError, check, check_int, nearest, parse, par
 VARIANTS: dict[str, Variant] = {
     "full": FULL_VARIANT,
     "additive": ADDITIVE,
+    "hard": HARD,
     "luong_local": LUONG_LOCAL,
+    "persistent": PERSISTENT,
+    "attention_over_attention": ATTENTION_OVER_ATTENTION,
     "local": LOCAL,
     "strided": STRIDED,
     "block": BLOCK,
@@ -47,8 +58,13 @@ VARIANTS: dict[str, Variant] = {
     "routing": ROUTING,
     "topk": TOPK,
     "linear": LINEAR,
+    "performer": PERFORMER,
+    "rfa": RFA,
+    "delta": DELTA,
     "retention": RETENTION,
     "linformer": LINFORMER,
+    "memory_compressed": MEMORY_COMPRESSED,
+    "luna": LUNA,
     "adaptive_span": ADAPTIVE_SPAN,
     "mix": MIX,
 }

@@ -78,6 +78,17 @@ class Loss(nnx.Intermediate):
     """A loss term that a layer adds to the training objective; the train step sums all it finds."""
 
 
+class Drawn(nnx.Variable):
+    """State that a call draws anew (random features). Where a batch is split over devices, other state is their mean, this the draw of the first."""
+
+
+class ScoreFunction(nnx.Intermediate):
+    """Log-probabilities [B] of what a layer sampled for each example, or a scalar zero where it sampled nothing.
+
+    The train step adds (loss of the example - baseline) d log p to the gradient, which makes it that of the expected loss (Williams 1992, REINFORCE).
+    """
+
+
 class Statistic(nnx.Intermediate):
     """A number or small array worth recording (learned spans, realized compute); the train step carries it to the record."""
 

@@ -2,8 +2,8 @@
 
 Initialization: matrices are N(0, 1 / fan-in), so activations keep their scale at any width (GPT-2's fixed 0.02 is that
 value at D = 2,500, and starves the narrow models of a sweep on small machines); the projections that end a residual
-branch are scaled by 1 / sqrt(2 layers), as in GPT-2 (Radford et al. 2019, sec. 2.3), so the sum of all branches does
-too. With one seed, everything outside the attention starts bit for bit the same whatever the variant.
+branch are scaled by 1 / sqrt(branches), 2 a layer or 1 without feed-forward, as in GPT-2 (Radford et al. 2019, sec. 2.3),
+so the sum of all branches does too. With one seed, everything outside the attention starts bit for bit the same whatever the variant.
 """
 
 from collections.abc import Sequence
@@ -24,24 +24,29 @@ from attn_zoo.spec import Spec, UserError
 
 
 class Block(nnx.Module):
-    """Attention and feed-forward, each in a residual branch with its norm before (pre) or after the sum (post)."""
+    """Attention and feed-forward, each in a residual branch with its norm before (pre) or after the sum (post).
+
+    With ffn='none' there is the attention branch alone (Sukhbaatar et al. 2019b).
+    """
 
     def __init__(self, model: config.Model, attention: Attention, *, rngs: nnx.Rngs):
-        residual_scale = (2 * model.layers) ** -0.5
-        F = model.F or default_ffn_dim(model.D, model.ffn)
+        self.has_ffn = model.ffn != "none"
+        residual_scale = ((2 if self.has_ffn else 1) * model.layers) ** -0.5
         self.pre = model.norm_position == "pre"
         self.dropout = model.dropout
         self.attention_norm = NORMS[model.norm](model.D)
         rotary = model.positions == "rotary"
         self.mixer = MultiHeadAttention(attention, D=model.D, rotary=rotary, residual_scale=residual_scale, rngs=rngs)
-        self.ffn_norm = NORMS[model.norm](model.D)
-        self.ffn = FeedForward(model.D, F, model.ffn, attention.dims.dtype, residual_scale, rngs)
+        if self.has_ffn:
+            F = model.F or default_ffn_dim(model.D, model.ffn)
+            self.ffn_norm = NORMS[model.norm](model.D)
+            self.ffn = FeedForward(model.D, F, model.ffn, attention.dims.dtype, residual_scale, rngs)
 
     def __call__(self, x_BTD: Array, valid_BT: Array | None = None, key: Array | None = None) -> Array:
         attention_key, attention_dropout_key, ffn_dropout_key = split_key(key, 3)
         attend = partial(self.mixer, valid_BS=valid_BT, key=attention_key)
         x_BTD = self._residual(x_BTD, attend, self.attention_norm, attention_dropout_key)
-        return self._residual(x_BTD, self.ffn, self.ffn_norm, ffn_dropout_key)
+        return self._residual(x_BTD, self.ffn, self.ffn_norm, ffn_dropout_key) if self.has_ffn else x_BTD
 
     def _residual(self, x_BTD, branch, norm, key):
         if self.pre:  # Xiong et al. 2020; the sum itself is normalized once, at the end of the model
@@ -179,9 +184,10 @@ def activation_bytes(model: Transformer, B: int, T: int) -> float:
     What attention keeps beyond its inputs and outputs is O(T) in every variant and not counted. `model` may be abstract.
     """
     c = model.config
-    F = c.F or default_ffn_dim(c.D, c.ffn)
     heads = 2 * (c.N + c.num_kv_heads) * c.head_dim  # queries, keys, values and the output
-    block = 4 * c.D + heads + (4 if c.ffn == "swiglu" else 2) * F  # two norms and two residual sums, attention, feed-forward
+    block = 2 * c.D + heads  # a norm and a residual sum, attention
+    if c.ffn != "none":
+        block += 2 * c.D + (4 if c.ffn == "swiglu" else 2) * (c.F or default_ffn_dim(c.D, c.ffn))
     kept = c.D if c.remat else block
     width = 2 if c.dtype == "bfloat16" else 4
     live = block if c.remat else 0  # the one block that is being recomputed

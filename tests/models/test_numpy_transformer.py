@@ -66,16 +66,14 @@ def encode(p, tokens, c, causal, valid):
         rows.append(x)
     for layer in range(c.layers):
         block = p["blocks"][layer]
-        ffn = block["ffn"] | {"act": gelu if c.ffn == "gelu" else lambda x: np.maximum(x, 0)}
-        one, two = block["attention_norm"], block["ffn_norm"]
-        if c.norm_position == "pre":
-            mixed = attention(block["mixer"], [norm(one, x) for x in rows], causal, valid, c.positions == "rotary")
-            rows = [x + m for x, m in zip(rows, mixed)]
-            rows = [x + feed_forward(ffn, norm(two, x)) for x in rows]
-        else:
-            mixed = attention(block["mixer"], rows, causal, valid, c.positions == "rotary")
-            rows = [norm(one, x + m) for x, m in zip(rows, mixed)]
-            rows = [norm(two, x + feed_forward(ffn, x)) for x in rows]
+        one, pre = block["attention_norm"], c.norm_position == "pre"
+        mixed = attention(block["mixer"], [norm(one, x) for x in rows] if pre else rows, causal, valid, c.positions == "rotary")
+        rows = [x + m if pre else norm(one, x + m) for x, m in zip(rows, mixed)]
+        if c.ffn == "none":
+            assert not {"ffn", "ffn_norm"} & block.keys()
+            continue
+        ffn, two = block["ffn"] | {"act": gelu if c.ffn == "gelu" else lambda x: np.maximum(x, 0)}, block["ffn_norm"]
+        rows = [x + feed_forward(ffn, norm(two, x)) if pre else norm(two, x + feed_forward(ffn, x)) for x in rows]
     return np.stack([norm(p["final_norm"], x) for x in rows] if c.norm_position == "pre" else rows)
 
 
@@ -84,6 +82,8 @@ CASES = {
     "pre-rmsnorm-swiglu-rotary": dict(norm="rmsnorm", ffn="swiglu", positions="rotary", causal=True, K=2, N=4),
     "post-layernorm-relu-sinusoidal": dict(norm_position="post", ffn="relu", positions="sinusoidal", tie_embeddings=False),
     "post-rmsnorm-gelu-concat": dict(norm="rmsnorm", norm_position="post", positions="sinusoidal_concat", H=3, F=5),
+    "pre-attention-alone": dict(ffn="none", causal=True),
+    "post-attention-alone": dict(ffn="none", norm_position="post", norm="rmsnorm"),
     "pooled-mean": dict(per_token=False, num_outputs=3),
     "pooled-first": dict(per_token=False, num_outputs=3, pool="first", positions="none"),
 }

@@ -234,6 +234,27 @@ def test_parameters_are_counted_once(build):
     assert none["total"] - none["attention"] == shared["total"] - shared["attention"] == param_counts(build("full"))["total"]
 
 
+def test_blocks_without_feed_forward(build):
+    """Only what is outside the attention's matrices and norm goes, and a layer has one branch to scale instead of two."""
+    D, layers = 8, 2
+    whole, alone = build("full"), build("full", ffn="none")
+    assert param_counts(whole)["total"] - param_counts(alone)["total"] == layers * (2 * D * 4 * D + 2 * D)
+    difference = flops_per_step(whole, 3, 10)["model"] - flops_per_step(alone, 3, 10)["model"]
+    assert difference == 6 * 3 * 10 * layers * 2 * D * 4 * D
+    assert activation_bytes(whole, 3, 10) - activation_bytes(alone, 3, 10) == 4 * 3 * 10 * layers * (2 * D + 2 * 4 * D)
+    first_out, out = whole.blocks[0].mixer.out[...], alone.blocks[0].mixer.out[...]
+    np.testing.assert_allclose(out, math.sqrt(2) * first_out, rtol=1e-6)
+    with pytest.raises(UserError, match="F=16: has no meaning with ffn='none'"):
+        build("full", ffn="none", F=16)
+
+
+def test_persistent_memory_can_hold_as_many_parameters_as_the_feed_forward_it_replaces(build):
+    D, F, layers = 8, 32, 2
+    alone = build(f"persistent(slots={F})", ffn="none")
+    assert param_counts(alone)["attention"] == layers * 2 * D * F
+    assert param_counts(build("full"))["total"] - param_counts(alone)["total"] == layers * 2 * D  # the second norm
+
+
 def test_flops_count_matrices_readout_and_useful_pairs(build):
     B, T, D, F = 3, 10, 8, 32
     dense = 2 * (4 * D * D + 2 * D * F)

@@ -1,0 +1,119 @@
+"""Fast weight programmer with the delta rule: a key overwrites what its like has written, instead of adding to it.
+
+S_t = S_{t-1} + beta_t (v_t - S_{t-1} phi(k_t)) phi(k_t)',  o_t = S_t phi(q_t) (Schlag et al. 2021, sec. 4.2), with phi the DPFP of their sec. 5.3 or
+elu + 1, divided by the sum of its features; in chunks, after Yang et al. 2024. beta_t = sigmoid(w' k_t + b), a learned rate of writing.
+
+Beyond the paper: beta reads the head's key instead of the layer's input; and bidirectionally the outputs of two memories are added, one written
+from the start on and one from the end. The output scale 1 / sqrt(H) of the authors' code is left to the projection that follows.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attn_zoo.attention.base import Attention, Bound, Paper, Variant, repeat_kv
+from attn_zoo.attention.linear import dpfp, elu
+from attn_zoo.ops.delta import delta_rule
+from attn_zoo.spec import check, check_choice, check_int
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """feature_map: phi; nu: how many shifts 'dpfp' multiplies, for R = 2 H nu features ('elu' has H)."""
+
+    feature_map: str = "dpfp"
+    nu: int = 1
+
+    def __post_init__(self):
+        check_choice("feature_map", self.feature_map, ("dpfp", "elu"))
+        check_int("nu", self.nu, 1)
+        check(self.nu == 1 or self.feature_map == "dpfp", "nu", self.nu, f"belongs to feature_map='dpfp', not to {self.feature_map!r}")
+
+
+class Delta(Attention):
+    """DeltaNet: one memory per key/value head."""
+
+    def __init__(self, options: Options, dims, *, shared: dict, rngs: nnx.Rngs):
+        super().__init__(options, dims)
+        K, H = dims.num_kv_heads, dims.head_dim
+        self.rate_kernel = nnx.Param(jax.random.normal(rngs.params(), (K, H)) * H**-0.5)
+        self.rate_bias = nnx.Param(jnp.zeros((K,)))
+
+    def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
+        return self.directions(delta_rule, *self.inputs(q_BTNH, k_BSKH, v_BSKH, valid_BS))
+
+    def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
+        q, k, v, beta = self.inputs(q_BTNH, k_BSKH, v_BSKH, valid_BS)
+        return self.directions(delta_rule_reference, q, *(repeat_kv(x, self.dims.num_heads) for x in (k, v, beta)))
+
+    def directions(self, rule, *inputs):
+        """Read forwards, and backwards too if not causal."""
+        o_BTNH = rule(*inputs)
+        return o_BTNH if self.dims.causal else o_BTNH + rule(*(x[:, ::-1] for x in inputs))[:, ::-1]
+
+    def inputs(self, q_BTNH, k_BSKH, v_BSKH, valid_BS):
+        """(phi(q), phi(k), v, beta), float32 features; beta is 0 at invalid keys, which write nothing."""
+        phi_q, phi_k = (self.features(x) for x in (q_BTNH, k_BSKH))
+        beta_BSK = jax.nn.sigmoid(jnp.einsum("BSKH,KH->BSK", k_BSKH.astype(jnp.float32), self.rate_kernel[...]) + self.rate_bias[...])
+        return phi_q, phi_k, v_BSKH, beta_BSK if valid_BS is None else jnp.where(valid_BS[:, :, None], beta_BSK, 0)
+
+    def features(self, x):
+        """phi(x) over the sum of its features, so that a memory read with the features it was written with stays within its values."""
+        phi = dpfp(x, self.options.nu) if self.options.feature_map == "dpfp" else elu(x.astype(jnp.float32))
+        total = phi.sum(axis=-1, keepdims=True)
+        return phi / jnp.where(total == 0, 1, total)
+
+    def flops(self, B, T, S):
+        d = self.dims
+        return flops(self.options, B, T, S, d.num_heads, d.head_dim, d.causal, K=d.num_kv_heads)
+
+
+def delta_rule_reference(q_BTNR, k_BTNR, v_BTNH, beta_BTN):
+    """The rule, position by position."""
+
+    def step(S_BNHR, inputs):
+        q, k, v, beta = inputs
+        read = jnp.einsum("BNHR,BNR->BNH", S_BNHR, k, precision="highest")
+        S_BNHR = S_BNHR + (beta[..., None] * (v - read))[..., None] * k[..., None, :]
+        return S_BNHR, jnp.einsum("BNHR,BNR->BNH", S_BNHR, q, precision="highest")
+
+    B, _, N, H = v_BTNH.shape
+    start = jnp.zeros((B, N, H, k_BTNR.shape[-1]))
+    return jax.lax.scan(step, start, tuple(jnp.moveaxis(x, 1, 0) for x in (q_BTNR, k_BTNR, v_BTNH, beta_BTN)))[1].swapaxes(0, 1)
+
+
+def flops(options: Options, B: int, T: int, S: int, N: int, H: int, causal: bool, K: int | None = None) -> float:
+    """R H multiply-adds to read the memory and R H to write it for every key of K key/value heads (N by default), and R H to read it for every query."""
+    R = 2 * options.nu * H if options.feature_map == "dpfp" else H
+    return 2.0 * B * (T * N + 2 * S * (K or N)) * R * H * (1 if causal else 2)
+
+
+DELTA = Variant(
+    name="delta",
+    family="linearized",
+    options=Options,
+    build=Delta,
+    paper=Paper(
+        "schlag2021linear",
+        "Linear Transformers Are Secretly Fast Weight Programmers",
+        "Schlag, Imanol and Irie, Kazuki and Schmidhuber, J{\\\"u}rgen",
+        2021,
+        "Proceedings of the 38th International Conference on Machine Learning",
+    ),
+    complexity="T R H",
+    flops=flops,
+    time_order=1.0,
+    memory_order=1.0,
+    exact_when=lambda T: None,
+    bound=Bound(
+        # Measured 2.24, causal, at a first position, where full attention gives one value and the memory is almost empty; outputs of zero, with
+        # their sign turned, moved by one position or swapped between the two heads are at 2.32 or more.
+        "no limit of it is a softmax; as keys tend to 0 its memory is a running average of the values, at the rate beta / R",
+        scale=0.01,
+        error=2.28,
+        options=(("feature_map", "elu"),),
+    ),
+    cross="its memory is written and read in the order of one sequence",
+)

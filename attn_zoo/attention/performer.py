@@ -1,0 +1,114 @@
+"""Performer: softmax attention estimated without bias by positive orthogonal random features (FAVOR+).
+
+exp(q'k / sqrt(H)) = E_w [phi_w(q) phi_w(k)] with phi_w(x) = exp(w'x - |x|^2 / 2), x scaled by H^-1/4, w ~ N(0, I) (Choromanski et al. 2021, lemma 1
+and sec. 2.4); the w are orthogonal in blocks of H, as long as Gaussian vectors are.
+
+Every query's features are divided by their largest, which cancels in the ratio. The authors' code divides those of the keys by their largest over
+all positions, the future too, and adds 1e-4 to every feature. Here neither: outputs stay strictly causal and the kernel unbiased, and keys so
+long that all their features vanish in float32 have no weight (a row that sees only such keys is zero).
+With `redraw`, every call that has a random key draws new features and leaves them in the layer, where evaluation finds them.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attn_zoo.attention.base import Attention, Bound, Drawn, Paper, Variant
+from attn_zoo.attention.linear import kernel_reference, state_flops
+from attn_zoo.ops.linear import linear_attention
+from attn_zoo.spec import check, check_int
+
+LARGEST = 60.0  # exponent of a key's feature; w'k - |k|^2 / 2 <= |w|^2 / 2 passes it only for H > 64 and a key close to w itself
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """features: random features, shared by all heads (the error falls as 1 / sqrt(features)); redraw: new ones at every training step."""
+
+    features: int = 128
+    redraw: bool = False
+
+    def __post_init__(self):
+        check_int("features", self.features, 1)
+        check(isinstance(self.redraw, bool), "redraw", self.redraw, "must be True or False")
+
+
+class Features(Drawn):
+    """Random directions: saved with the model, never trained."""
+
+
+def draw(key, features: int, H: int):
+    """[features, H] directions, orthogonal in blocks of H rows, each distributed as a Gaussian vector. Choromanski et al. 2021, sec. 2.4."""
+    blocks = -(-features // H)
+    block_key, norm_key = jax.random.split(key)
+    # QR leaves the signs of Q to the algorithm (LAPACK turns Q[0, 0] negative); with the diagonal of R made positive, Q is uniform.
+    q_CHH, r_CHH = jnp.linalg.qr(jax.random.normal(block_key, (blocks, H, H)))
+    q_CHH = q_CHH * jnp.sign(jnp.diagonal(r_CHH, axis1=1, axis2=2))[:, None, :]
+    directions = q_CHH.swapaxes(1, 2).reshape(blocks * H, H)[:features]
+    return directions * jnp.linalg.norm(jax.random.normal(norm_key, (features, H)), axis=1, keepdims=True)
+
+
+class Performer(Attention):
+    """FAVOR+."""
+
+    def __init__(self, options: Options, dims, *, shared: dict, rngs: nnx.Rngs):
+        super().__init__(options, dims)
+        self.directions = Features(draw(rngs.params(), options.features, dims.head_dim))
+
+    def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
+        return linear_attention(*self.features(q_BTNH, k_BSKH, valid_BS, key), v_BSKH, causal=self.dims.causal)
+
+    def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
+        return kernel_reference(*self.features(q_BTNH, k_BSKH, valid_BS, key), v_BSKH, causal=self.dims.causal)
+
+    def features(self, q_BTNH, k_BSKH, valid_BS, key):
+        """(phi(q), phi(k)), float32, zeros for invalid keys."""
+        w_RH = self.directions[...]
+        if self.options.redraw and key is not None:
+            w_RH = draw(key, self.options.features, self.dims.head_dim)
+            self.leave("directions", w_RH)
+        q, k = (exponents(x, w_RH) for x in (q_BTNH, k_BSKH))
+        phi_q = jnp.exp(q - jax.lax.stop_gradient(q.max(axis=-1, keepdims=True)))
+        phi_k = jnp.exp(jnp.minimum(k, LARGEST))
+        return phi_q, phi_k if valid_BS is None else jnp.where(valid_BS[:, :, None, None], phi_k, 0)
+
+    def flops(self, B, T, S):
+        d = self.dims
+        return flops(self.options, B, T, S, d.num_heads, d.head_dim, d.causal, K=d.num_kv_heads)
+
+
+def exponents(x_BTNH, w_RH):
+    """w'x - |x|^2 / 2 of x scaled by H^-1/4, float32 at least. Choromanski et al. 2021, lemma 1."""
+    x = x_BTNH.astype(jnp.promote_types(x_BTNH.dtype, jnp.float32)) * x_BTNH.shape[-1] ** -0.25
+    return jnp.einsum("BTNH,RH->BTNR", x, w_RH, precision="highest") - 0.5 * jnp.square(x).sum(axis=-1, keepdims=True)
+
+
+def flops(options: Options, B: int, T: int, S: int, N: int, H: int, causal: bool, K: int | None = None) -> float:
+    """Features of queries and keys, state update and read-out; K key/value heads (N by default)."""
+    K = K or N
+    return 2.0 * B * (T * N + S * K) * H * options.features + state_flops(B, T, S, N, K, options.features, H)
+
+
+PERFORMER = Variant(
+    name="performer",
+    family="linearized",
+    options=Options,
+    build=Performer,
+    paper=Paper(
+        "choromanski2021rethinking",
+        "Rethinking Attention with Performers",
+        "Choromanski, Krzysztof and Likhosherstov, Valerii and Dohan, David and Song, Xingyou and Gane, Andreea and Sarlos, Tamas and Hawkins, Peter and "
+        "Davis, Jared and Mohiuddin, Afroz and Kaiser, {\\L}ukasz and Belanger, David and Colwell, Lucy and Weller, Adrian",
+        2021,
+        "International Conference on Learning Representations",
+    ),
+    complexity="T R H",
+    flops=flops,
+    time_order=1.0,
+    memory_order=1.0,
+    exact_when=lambda T: None,
+    # Measured 0.34, of long queries whose estimates have heavy tails. Causal, the mean of the values is 0.78 away; bidirectionally zeros are 0.43.
+    bound=Bound("an unbiased estimate of the softmax kernel", scale=0.3, error=0.4, options=(("features", 16384),)),
+)
