@@ -17,6 +17,7 @@ from attn_zoo.attention.fixed import FIXED
 from attn_zoo.attention.full import FULL_VARIANT
 from attn_zoo.attention.global_window import GLOBAL_WINDOW
 from attn_zoo.attention.hard import HARD
+from attn_zoo.attention.informer import INFORMER
 from attn_zoo.attention.linear import LINEAR
 from attn_zoo.attention.linformer import LINFORMER
 from attn_zoo.attention.local import LOCAL
@@ -27,10 +28,14 @@ from attn_zoo.attention.memory_compressed import MEMORY_COMPRESSED
 from attn_zoo.attention.mix import MIX
 from attn_zoo.attention.performer import PERFORMER
 from attn_zoo.attention.persistent import PERSISTENT
+from attn_zoo.attention.poolingformer import POOLINGFORMER
 from attn_zoo.attention.random import RANDOM
 from attn_zoo.attention.retention import RETENTION
 from attn_zoo.attention.rfa import RFA
 from attn_zoo.attention.routing import ROUTING
+from attn_zoo.attention.set_attention import SET
+from attn_zoo.attention.sinkhorn import SINKHORN
+from attn_zoo.attention.star import STAR
 from attn_zoo.attention.strided import STRIDED
 from attn_zoo.attention.topk import TOPK
 from attn_zoo.ops.backends import check_backend
@@ -53,18 +58,23 @@ VARIANTS: dict[str, Variant] = {
     "axial": AXIAL,
     "global_window": GLOBAL_WINDOW,
     "bigbird": BIGBIRD,
+    "star": STAR,
     "random": RANDOM,
     "lsh": LSH,
     "routing": ROUTING,
+    "sinkhorn": SINKHORN,
     "topk": TOPK,
     "linear": LINEAR,
     "performer": PERFORMER,
     "rfa": RFA,
     "delta": DELTA,
     "retention": RETENTION,
+    "informer": INFORMER,
     "linformer": LINFORMER,
     "memory_compressed": MEMORY_COMPRESSED,
+    "set": SET,
     "luna": LUNA,
+    "poolingformer": POOLINGFORMER,
     "adaptive_span": ADAPTIVE_SPAN,
     "mix": MIX,
 }

@@ -8,9 +8,8 @@ the packed context of its own past, a running average:
     A_unpack = softmax(f(q, k, A_pack') / sqrt(H)) over slots,  o = f(A_unpack, A_pack', v)
 Both f are causal linear attention without a denominator, here scanned in chunks. 1/t counts valid positions.
 
-Departures: P is a parameter of the layer, [K, R, H] (already projected to heads), whereas the paper hands the packed sequence on to the next layer as its P.
-Pack and unpack share the keys and values of the layer; the authors' code projects for each. The causal form is that of their code, which shares them too but
-for the keys in A_pack.
+Departures: P is a parameter of the layer, [K, R, H], already projected to heads, whereas the paper hands each packed sequence on to the next layer as its P.
+Pack and unpack share the layer's keys and values, whereas the authors' code projects anew: the packed sequence (bidirectional), or the keys of A_pack (causal).
 """
 
 import dataclasses

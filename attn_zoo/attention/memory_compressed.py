@@ -6,7 +6,8 @@ positions c stride .. c stride + kernel - 1, those beyond the end as zeros.
 
 Causal, a query sees a slot whose last position is not after its own. What the paper leaves open follows the authors' tensor2tensor: the first position
 stands uncompressed before the slots and every query sees it, so that the first queries have something to attend to (`first`). One difference: there
-a slot is seen only from the position after its last, here from its last on, as ordinary causal attention sees itself. The paper's model takes turns of this
+a slot is seen only from the position after its last, here from its last on, as ordinary causal attention sees itself. A slot of invalid positions alone is
+not seen; where position 0 is invalid too, queries before the first whole slot see nothing and give zeros. The paper's model takes turns of this
 layer and local attention (`[block_local, memory_compressed]`), without which a query does not see the few positions just before it.
 """
 

@@ -61,6 +61,8 @@ class RandomFeatureAttention(Attention):
         T, N = q_BTNH.shape[1:3]
         valid_BSK = validity(valid_BS, k_BSKH)
         if self.options.gate:
+            if T != k_BSKH.shape[1]:
+                raise Unsupported(f"rfa(gate=True) fades by the positions of one sequence (T={T}, S={k_BSKH.shape[1]}); gate=False does not")
             log_gate_BTK, write_BTK = self.gates(k_BSKH, valid_BSK)
             ones_BTK1 = jnp.ones((*log_gate_BTK.shape, 1))
             values = jnp.concatenate([v_BSKH.astype(jnp.float32), ones_BTK1], axis=-1)  # the ones give the denominator

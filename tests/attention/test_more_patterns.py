@@ -15,6 +15,11 @@ DEFINITIONS = {  # written from the papers' definitions, one pair at a time
     "axial(width=9)": lambda i, j: i // 9 == j // 9 or i % 9 == j % 9,
     "axial(width=9, axis='row')": lambda i, j: i // 9 == j // 9,
     "axial(width=9, axis='column')": lambda i, j: i % 9 == j % 9,
+    "global_window(window=3, globals=4)": lambda i, j: abs(i - j) <= 3 or i < 4 or j < 4,
+    "global_window(window=0, globals=0)": lambda i, j: i == j,
+    "bigbird(window=2, globals=5, random=0)": lambda i, j: abs(i - j) <= 2 or i < 5 or j < 5,
+    "bigbird(window=2, globals=1, random=60)": lambda i, j: True,  # the draw takes all that is left
+    "random(k=60)": lambda i, j: True,
 }
 LENGTHS = [(41, 41), (23, 41), (41, 23)]
 

@@ -1,0 +1,183 @@
+"""Poolingformer: a sliding window, and around it a wider one whose keys and values are pooled.
+
+Level one is `local`: |i - j| <= window. Level two attends to slots that each pool `kernel` positions every `stride`, those whose middle is
+at most `second` away; the two outputs are added (Zhang et al. 2021, sec. 3.2, eq. 3 to 6). Pooling is the mean or the largest value of the valid
+positions of a slot, or the paper's best, 'ldconv', a lightweight dynamic convolution: their weighted mean with weights softmax(x_m W), x_m the
+vector in the middle of the slot (eq. 7); W starts at zero, which is the mean.
+
+Departures: in the paper the second level makes queries, keys and values of its own from the first level's output; a layer of this zoo has one
+set of them, so both levels read it. Causal is beyond the paper: a slot is seen once its last position is not after the query.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from attn_zoo.attention.base import Attention, Paper, Variant, softmax_reference
+from attn_zoo.attention.pattern import dense_mask, pair_flops, pattern_plan
+from attn_zoo.ops import backends
+from attn_zoo.ops.patterns import Band, Pattern, count_pairs
+from attn_zoo.spec import check, check_choice, check_int
+
+POOLINGS = ("mean", "max", "ldconv")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """window: of level one, on each side; second: of level two, in positions, 0 for none; pool: how a slot is made of `kernel` positions, every `stride`."""
+
+    window: int = 128
+    second: int = 512
+    pool: str = "ldconv"
+    kernel: int = 5
+    stride: int = 4
+
+    def __post_init__(self):
+        check_int("window", self.window, 0)
+        check_int("second", self.second, 0)
+        check_choice("pool", self.pool, POOLINGS)
+        check_int("stride", self.stride, 1)
+        check_int("kernel", self.kernel, 1)
+        check(self.kernel >= self.stride, "kernel", self.kernel, f"must be at least stride={self.stride}, or positions would be left out")
+
+
+@dataclasses.dataclass(frozen=True)
+class NearSlots(Pattern):
+    """low <= i - stride c <= high, for query i and slot c."""
+
+    stride: int
+    low: int
+    high: int
+
+    def mask(self, i, j):
+        distance = i - self.stride * j
+        return (distance >= self.low) & (distance <= self.high)
+
+    def blocks(self, i0, i1, j0, j1):
+        least, most = i0 - self.stride * j1, i1 - self.stride * j0
+        return (least <= self.high) & (most >= self.low), (least >= self.low) & (most <= self.high)
+
+    @property
+    def width(self):
+        return max((self.high - self.low) // self.stride + 1, 1)
+
+
+def window_pattern(options: Options, causal: bool) -> Pattern:
+    """The keys that a query sees."""
+    return Band(options.window, 0 if causal else options.window)
+
+
+def slot_pattern(options: Options, causal: bool) -> Pattern:
+    """The slots that a query sees."""
+    middle = options.kernel // 2
+    return NearSlots(options.stride, options.kernel - 1 if causal else middle - options.second, middle + options.second)
+
+
+def num_slots(options: Options, S: int) -> int:
+    """Slots that cover S positions."""
+    return 1 + -(-max(0, S - options.kernel) // options.stride)
+
+
+class Poolingformer(Attention):
+    """Two windows, the wider one pooled."""
+
+    def __init__(self, options: Options, dims, *, shared: dict, rngs: nnx.Rngs):
+        super().__init__(options, dims)
+        if options.second and options.pool == "ldconv":
+            zeros = lambda: nnx.Param(jnp.zeros((dims.num_kv_heads, dims.head_dim, options.kernel)))
+            self.key_weights, self.value_weights = zeros(), zeros()
+
+    def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
+        masked = valid_BS is not None
+        run = lambda k, v, pattern, valid: backends.attention(q_BTNH, k, v, pattern=pattern, valid_BS=valid, backend=self.backend(masked))
+        o_BTNH = run(k_BSKH, v_BSKH, window_pattern(self.options, self.dims.causal), valid_BS)
+        if not self.options.second:
+            return o_BTNH
+        k_BCKH, v_BCKH, valid_BC = self.pooled(k_BSKH, v_BSKH, valid_BS)
+        return o_BTNH + run(k_BCKH, v_BCKH, slot_pattern(self.options, self.dims.causal), valid_BC if masked else None)
+
+    def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
+        T, causal = q_BTNH.shape[1], self.dims.causal
+        o_BTNH = softmax_reference(q_BTNH, k_BSKH, v_BSKH, dense_mask(window_pattern(self.options, causal), T, k_BSKH.shape[1], valid_BS))
+        if not self.options.second:
+            return o_BTNH
+        k_BCKH, v_BCKH, valid_BC = self.pooled(k_BSKH, v_BSKH, valid_BS)
+        return o_BTNH + softmax_reference(q_BTNH, k_BCKH, v_BCKH, dense_mask(slot_pattern(self.options, causal), T, k_BCKH.shape[1], valid_BC))
+
+    def pooled(self, k_BSKH, v_BSKH, valid_BS):
+        """(keys, values, validity) of the slots; a slot is valid when any of its positions is."""
+        B, S = k_BSKH.shape[:2]
+        field_CP = self.options.stride * np.arange(num_slots(self.options, S))[:, None] + np.arange(self.options.kernel)
+        missing = int(field_CP.max()) + 1 - S
+        valid_BS = jnp.pad(jnp.ones((B, S), bool) if valid_BS is None else valid_BS, ((0, 0), (0, max(missing, 0))))
+        valid_BCP = valid_BS[:, field_CP]
+        weights = (self.key_weights[...], self.value_weights[...]) if self.options.pool == "ldconv" else (None, None)
+        pool = lambda x, w: pool_slots(jnp.pad(x, ((0, 0), (0, max(missing, 0)), (0, 0), (0, 0))), valid_BCP, field_CP, self.options.pool, w)
+        return *(pool(x, w) for x, w in zip((k_BSKH, v_BSKH), weights)), valid_BCP.any(axis=-1)
+
+    def backend(self, masked=False):
+        return backends.choose(self.dims.backend, window_pattern(self.options, self.dims.causal), self.dims.dtype, self.dims.head_dim, masked=masked)
+
+    def plan(self, T, S, masked=False):
+        plan = pattern_plan(self.backend(masked), window_pattern(self.options, self.dims.causal), T, S)
+        if self.options.second:
+            C = num_slots(self.options, S)
+            plan |= {"slots": C, "second": pattern_plan(self.backend(masked), slot_pattern(self.options, self.dims.causal), T, C)}
+        return plan
+
+    def flops(self, B, T, S):
+        d = self.dims
+        return flops(self.options, B, T, S, d.num_heads, d.head_dim, d.causal, K=d.num_kv_heads)
+
+
+def pool_slots(x_BSKH, valid_BCP, field_CP, pool: str, weights_KHP=None):
+    """[B, C, K, H]: each slot pooled over the valid ones of its positions `field`, [C, P]; zeros where there is none."""
+    wide_BSKH = x_BSKH.astype(jnp.promote_types(x_BSKH.dtype, jnp.float32))
+    taps = [wide_BSKH[:, field_CP[:, p]] for p in range(field_CP.shape[1])]
+    seen = [valid_BCP[:, :, p, None, None] for p in range(field_CP.shape[1])]
+    if pool == "max":
+        largest = jnp.stack([jnp.where(s, tap, -jnp.inf) for tap, s in zip(taps, seen)]).max(axis=0)
+        return jnp.where(valid_BCP.any(axis=-1)[:, :, None, None], largest, 0).astype(x_BSKH.dtype)
+    if pool == "mean":
+        share_BCKP = jnp.broadcast_to(valid_BCP[:, :, None], (*valid_BCP.shape[:2], x_BSKH.shape[2], valid_BCP.shape[2]))
+    else:
+        logits_BCKP = jnp.einsum("BCKH,KHP->BCKP", taps[field_CP.shape[1] // 2], weights_KHP, precision="highest")
+        logits_BCKP = jnp.where(valid_BCP[:, :, None], logits_BCKP, -jnp.inf)
+        top_BCK1 = jax.lax.stop_gradient(jnp.max(logits_BCKP, axis=-1, keepdims=True))
+        share_BCKP = jnp.where(valid_BCP[:, :, None], jnp.exp(logits_BCKP - jnp.where(jnp.isfinite(top_BCK1), top_BCK1, 0.0)), 0.0)
+    total_BCK1 = share_BCKP.sum(axis=-1, keepdims=True)
+    share_BCKP = share_BCKP / jnp.where(total_BCK1 == 0, 1, total_BCK1)
+    return sum(share_BCKP[..., p, None] * tap for p, tap in enumerate(taps)).astype(x_BSKH.dtype)
+
+
+def flops(options: Options, B: int, T: int, S: int, N: int, H: int, causal: bool, K: int | None = None) -> float:
+    """The pairs of both windows, and the pooling of keys and values of K key/value heads (N by default)."""
+    pairs = count_pairs(window_pattern(options, causal), T, S)
+    if not options.second:
+        return pair_flops(pairs, B, N, H)
+    C = num_slots(options, S)
+    pooling = 2 * 2.0 * B * (K or N) * C * options.kernel * H * (2 if options.pool == "ldconv" else 1)
+    return pair_flops(pairs + count_pairs(slot_pattern(options, causal), T, C), B, N, H) + pooling
+
+
+POOLINGFORMER = Variant(
+    name="poolingformer",
+    family="memory compression",
+    options=Options,
+    build=Poolingformer,
+    paper=Paper(
+        "zhang2021poolingformer",
+        "Poolingformer: Long Document Modeling with Pooling Attention",
+        "Zhang, Hang and Gong, Yeyun and Shen, Yelong and Li, Weisheng and Lv, Jiancheng and Duan, Nan and Chen, Weizhu",
+        2021,
+        "Proceedings of the 38th International Conference on Machine Learning",
+    ),
+    complexity="T (W + W' / s)",
+    flops=flops,
+    time_order=1.0,
+    memory_order=1.0,
+    exact_when=lambda T: {"window": T, "second": 0},
+)

@@ -1,0 +1,62 @@
+"""Softmax-weighted means over a sequence whose scores do not depend on the query, at all positions or up to each, in linear time."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+CHUNK = 128  # positions per step of the running form
+
+
+def softmax_mean(
+    score_BSN: Float[Array, "B S N"], x_BSNR: Float[Array, "B S N R"], *, causal: bool
+) -> tuple[Float[Array, "B T N R"], Bool[Array, "B T N"]]:
+    """(sum_j exp(score_j) x_j / sum_j exp(score_j), whether there was any j), over all j (T = 1), or over j <= i for every i (T = S).
+
+    A score of -inf leaves its position out; a mean over none is zero. O(S) memory with gradients.
+    """
+    if causal:
+        return _running(score_BSN, x_BSNR)
+    weight_BSN = jnp.exp(score_BSN - _finite(lax.stop_gradient(score_BSN.max(axis=1, keepdims=True))))
+    return _divide(jnp.einsum("BSN,BSNR->BNR", weight_BSN, x_BSNR, precision="highest")[:, None], weight_BSN.sum(axis=1, keepdims=True))
+
+
+def _running(score_BSN, x_BSNR):
+    """In chunks: what comes before one is carried along as its (maximum, sum of weights, weighted sum)."""
+    B, S, N, R = x_BSNR.shape
+    c = min(CHUNK, S)
+    chunks = -(-S // c)
+
+    def chunked(x, fill):
+        x = jnp.pad(x, [(0, 0), (0, chunks * c - S)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
+        return jnp.moveaxis(x.reshape(B, chunks, c, *x.shape[2:]), 1, 0)
+
+    seen_TS1 = jnp.tril(jnp.ones((c, c), bool))[:, :, None]
+
+    @jax.checkpoint
+    def step(carry, chunk):
+        top_BN, total_BN, sum_BNR = carry
+        score, x = chunk
+        # Each position's own maximum of what it sees, so that none of its weights exceeds 1 and one of them is 1.
+        top = jnp.maximum(lax.cummax(lax.stop_gradient(score), axis=1), top_BN[:, None])
+        safe = _finite(top)
+        weight_BTSN = jnp.exp(jnp.where(seen_TS1, score[:, None] - safe[:, :, None], -jnp.inf))
+        before_BTN = jnp.exp(top_BN[:, None] - safe)
+        total = weight_BTSN.sum(axis=2) + before_BTN * total_BN[:, None]
+        sums = jnp.einsum("BTSN,BSNR->BTNR", weight_BTSN, x, precision="highest") + before_BTN[..., None] * sum_BNR[:, None]
+        return (top[:, -1], total[:, -1], sums[:, -1]), _divide(sums, total)
+
+    start = jnp.full((B, N), -jnp.inf, score_BSN.dtype), jnp.zeros((B, N), score_BSN.dtype), jnp.zeros((B, N, R), x_BSNR.dtype)
+    _, results = lax.scan(step, start, (chunked(score_BSN, -jnp.inf), chunked(x_BSNR, 0)))
+    mean, seen = (jnp.moveaxis(x, 0, 1).reshape(B, chunks * c, *x.shape[3:])[:, :S] for x in results)
+    return mean, seen
+
+
+def _finite(top):
+    """-inf, the maximum of nothing, as 0: then exp(-inf - top) is 0 and not NaN."""
+    return jnp.where(top > -jnp.inf, top, 0.0)
+
+
+def _divide(sums, total):
+    seen = total > 0
+    return jnp.where(seen[..., None], sums / jnp.where(seen, total, 1.0)[..., None], 0.0), seen
