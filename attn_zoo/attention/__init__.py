@@ -11,6 +11,7 @@ from attn_zoo.attention.base import Attention, Dims, Drawn, Loss, Paper, ScoreFu
 from attn_zoo.attention.bigbird import BIGBIRD
 from attn_zoo.attention.block import BLOCK
 from attn_zoo.attention.block_local import BLOCK_LOCAL
+from attn_zoo.attention.clustered import CLUSTERED
 from attn_zoo.attention.delta import DELTA
 from attn_zoo.attention.dilated import DILATED
 from attn_zoo.attention.fixed import FIXED
@@ -26,6 +27,7 @@ from attn_zoo.attention.luna import LUNA
 from attn_zoo.attention.luong_local import LUONG_LOCAL
 from attn_zoo.attention.memory_compressed import MEMORY_COMPRESSED
 from attn_zoo.attention.mix import MIX
+from attn_zoo.attention.nystrom import NYSTROM
 from attn_zoo.attention.performer import PERFORMER
 from attn_zoo.attention.persistent import PERSISTENT
 from attn_zoo.attention.poolingformer import POOLINGFORMER
@@ -38,6 +40,7 @@ from attn_zoo.attention.sinkhorn import SINKHORN
 from attn_zoo.attention.star import STAR
 from attn_zoo.attention.strided import STRIDED
 from attn_zoo.attention.topk import TOPK
+from attn_zoo.attention.tree import TREE
 from attn_zoo.ops.backends import check_backend
 from attn_zoo.spec import Spec, UserError, check, check_int, nearest, parse, parse_one
 
@@ -60,6 +63,7 @@ VARIANTS: dict[str, Variant] = {
     "bigbird": BIGBIRD,
     "star": STAR,
     "random": RANDOM,
+    "tree": TREE,
     "lsh": LSH,
     "routing": ROUTING,
     "sinkhorn": SINKHORN,
@@ -69,12 +73,14 @@ VARIANTS: dict[str, Variant] = {
     "rfa": RFA,
     "delta": DELTA,
     "retention": RETENTION,
+    "clustered": CLUSTERED,
     "informer": INFORMER,
     "linformer": LINFORMER,
     "memory_compressed": MEMORY_COMPRESSED,
     "set": SET,
     "luna": LUNA,
     "poolingformer": POOLINGFORMER,
+    "nystrom": NYSTROM,
     "adaptive_span": ADAPTIVE_SPAN,
     "mix": MIX,
 }

@@ -42,7 +42,7 @@ class Axial(Attention):
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         (B, T), S, causal, axis = q_BTNH.shape[:2], k_BSKH.shape[1], self.dims.causal, self.options.axis
-        width = width_of(self.options, self.dims.max_len)
+        width = min(width_of(self.options, self.dims.max_len), max(T, S))  # beyond, all is one row, and folding would only pad
         parts = []
         if axis != "column":
             parts.append(blocked_attention(q_BTNH, k_BSKH, v_BSKH, pattern=own_block(width, max(T, S), causal), valid_BS=valid_BS))

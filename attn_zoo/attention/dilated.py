@@ -32,7 +32,8 @@ class Dilated(Attention):
     """A sliding window with gaps."""
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
-        (B, T), S, d, w = q_BTNH.shape[:2], k_BSKH.shape[1], self.options.dilation, self.options.window
+        (B, T), S, w = q_BTNH.shape[:2], k_BSKH.shape[1], self.options.window
+        d = min(self.options.dilation, max(T, S))  # beyond, a query sees itself alone, and folding would only pad
         valid = fold_valid(valid_BS, B, S, d)
         band = Band(w, 0 if self.dims.causal else w)
         return unfold(blocked_attention(*(fold(x, d) for x in (q_BTNH, k_BSKH, v_BSKH)), pattern=band, valid_BS=valid)[0], d, T)

@@ -3,12 +3,13 @@
 Tay et al. 2020: blocks are summarized and mapped to logits over blocks by a learned map (sec. 3.1), made a soft permutation R by Sinkhorn's alternating
 normalization (rows, then columns, in log space), with Gumbel noise in training; block I of the sorted keys is sum_J R[I, J] K_J, likewise
 of the values. The own and the sorted block share one softmax. Causal (sec. 3.3): block I is summarized by what stands up to its first
-position, takes from blocks before it alone, and a column is normalized over the rows up to I, so that no row depends on a later one.
+position, and takes from blocks before it alone.
 
-Departures: the sorting network is one linear map a head of the keys' summaries, as in the first author's public code. Summaries are means,
-not sums: the map absorbs the factor, but a causal sum would make the logits grow with position. The first block has no sorted one
-when causal. With padding, blocks without a valid key are not sorted, and where a slot of a sorted block mixes valid and invalid
-positions, the weight of the invalid ones goes to the valid ones.
+Departures. Causal rows are normalized once and columns not at all: a column's sum over all rows would tell of the future, and over the rows
+up to I it draws R to the one permutation that is strictly causal, the shift by one block, whatever the logits. Sorting is one linear map
+a head of the keys' summaries, as in the first author's public code. Summaries are means, not sums: the map absorbs the factor, but a
+causal sum would make the logits grow with position. The first block has no sorted one when causal. With padding, blocks without a valid
+key are not sorted, and where a slot of a sorted block mixes valid and invalid positions, the weight of the invalid ones goes to the valid.
 """
 
 import dataclasses
@@ -34,7 +35,7 @@ LEAST_SHARE = 1e-6  # below it a slot's valid positions no longer stand for the 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """block: positions in a block, None takes about sqrt(max_len); iterations: of Sinkhorn's; temperature: the lower, the harder R."""
+    """block: positions in a block, None takes about sqrt(max_len); iterations: of Sinkhorn's, not causal; temperature: the lower, the harder R."""
 
     block: int | None = None
     iterations: int = 7
@@ -52,19 +53,28 @@ def block_of(options: Options, max_len: int) -> int:
     return options.block or 16 * max(1, round(math.sqrt(max_len) / 16))
 
 
-def sinkhorn(logits_CC, seen_CC, iterations: int, causal: bool):
-    """R = exp(logits), its rows and columns normalized in turn. Tay et al. 2020, sec. 3.1.
+def soft_permutation(logits_CC, seen_CC, iterations: int, causal: bool):
+    """R = exp(logits) with rows and columns normalized in turn, or once its rows when causal. Tay et al. 2020, sec. 3.1.
 
-    logits [..., C, C], zero weight where not `seen`, which must leave out the diagonal and all above it when causal. A row or column that sees nothing is zero.
+    logits [..., C, C]; R is zero where not `seen`, and so is a row or column that sees nothing.
     """
     seen = lambda x: jnp.where(seen_CC, x, NEG)
+    normalize = lambda x, axis: seen(x - jax.nn.logsumexp(x, axis=axis, keepdims=True))
+    log_R = seen(logits_CC)
+    if causal:
+        log_R = normalize(log_R, -1)
+    else:
+        log_R = lax.fori_loop(0, iterations, lambda _, x: normalize(normalize(x, -1), -2), log_R)
+    return jnp.where(seen_CC, jnp.exp(log_R), 0.0)
 
-    def iterate(_, x):
-        x = seen(x - jax.nn.logsumexp(x, axis=-1, keepdims=True))
-        columns = lax.cumlogsumexp(x, axis=x.ndim - 2) if causal else jax.nn.logsumexp(x, axis=-2, keepdims=True)
-        return seen(x - columns)
 
-    return jnp.where(seen_CC, jnp.exp(lax.fori_loop(0, iterations, iterate, seen(logits_CC))), 0.0)
+def summaries(k_BCWKH, valid_BCW, causal: bool):
+    """[B, C, K, H]: the mean of the valid keys of each block; when causal, of all from the first to that block's first. Invalid keys are zeros."""
+    if not causal:
+        return k_BCWKH.sum(axis=2) / jnp.maximum(valid_BCW.sum(axis=2), 1)[..., None, None]
+    B, C, W = valid_BCW.shape
+    first = lambda x: jnp.cumsum(x.reshape(B, C * W, *x.shape[3:]), axis=1)[:, ::W]
+    return first(k_BCWKH) / jnp.maximum(first(valid_BCW), 1)[..., None, None]
 
 
 class Sinkhorn(Attention):
@@ -87,14 +97,9 @@ class Sinkhorn(Attention):
         blocks_BCW, valid_BCW = self.cut(valid_BS, *k_BSKH.shape[:2])
         k_BCWKH, v_BCWKH = (blocks_BCW(x.astype(jnp.promote_types(x.dtype, jnp.float32))) for x in (k_BSKH, v_BSKH))
 
-        if causal:
-            total = jnp.cumsum(k_BCWKH.reshape(k_BCWKH.shape[0], -1, *k_BCWKH.shape[3:]), axis=1)[:, :: self.block]
-            count = jnp.cumsum(valid_BCW.reshape(valid_BCW.shape[0], -1), axis=1)[:, :: self.block]
-        else:
-            total, count = k_BCWKH.sum(axis=2), valid_BCW.sum(axis=2)
         seen_BCC = self.may_sort(valid_BCW)
-        logits_BKCC = self.logits(total / jnp.maximum(count, 1)[..., None, None], key)
-        R_BKCC = sinkhorn(logits_BKCC, seen_BCC[:, None], self.options.iterations, causal)
+        logits_BKCC = self.logits(summaries(k_BCWKH, valid_BCW, causal), key)
+        R_BKCC = soft_permutation(logits_BKCC, seen_BCC[:, None], self.options.iterations, causal)
 
         sort = lambda x: jnp.einsum("BKIJ,BJWKH->BIWKH", R_BKCC, x)
         sorted_k, sorted_v, sorted_valid = sort(k_BCWKH), sort(v_BCWKH), None
@@ -123,9 +128,10 @@ class Sinkhorn(Attention):
         logits = self.logits(means, key)
         seen = self.may_sort(valid_BCW)[:, None]
         R = jnp.where(seen, jnp.exp(logits - lax.stop_gradient(logits.max(axis=-1, keepdims=True))), 0.0)
-        for _ in range(self.options.iterations):
+        R = R / _or_one(R.sum(axis=-1, keepdims=True))
+        for _ in range(0 if causal else self.options.iterations):
             R = R / _or_one(R.sum(axis=-1, keepdims=True))
-            R = R / _or_one(jnp.cumsum(R, axis=-2) if causal else R.sum(axis=-2, keepdims=True))
+            R = R / _or_one(R.sum(axis=-2, keepdims=True))
 
         # R over positions: what every position of the sorted sequence takes from every position of the keys.
         spread = lambda x: jnp.repeat(jnp.repeat(x, W, axis=-2), W, axis=-1) * ((s.T - s) % W == 0)

@@ -124,3 +124,44 @@ def test_projections_start_with_entries_of_variance_one_over_rank():
 def test_causal_is_unsupported_with_the_reason():
     with pytest.raises(Unsupported, match="linformer cannot be causal: its slots mix all positions"):
         make(causal=True)
+
+
+@pytest.mark.parametrize("share", SHARE)
+def test_a_convolution_is_a_projection_with_shifted_rows(share):
+    """Kernel and stride ceil(24 / 5) = 5: slot r holds positions 5 r to 5 r + 4, with the filter's weights; the last is cut at S = 17."""
+    attention = make_attention(f"linformer(rank={R}, share={share!r}, projection='conv')", num_heads=N, num_kv_heads=K, head_dim=H, max_len=L)
+    q, k, v = inputs(9, 17)
+    for name, x in (("key_projection", k), ("value_projection", v)):
+        filters = np.asarray(getattr(attention, name)[...], np.float64)
+        assert filters.shape == (K if share == "none" else 1, 5)
+    slots = [np.stack([sum(np.broadcast_to(np.asarray(f[...]), (K, 5))[h, p] * np.asarray(x)[:, 5 * r + p, h] for h in [h] for p in range(5) if 5 * r + p < 17)
+             for r in range(4) for h in range(K)], 1).reshape(2, 4, K, H) for f, x in ((attention.key_projection, k), (attention.value_projection, v))]  # fmt: skip
+    expected = make_attention("full", num_heads=N, num_kv_heads=K, head_dim=H, max_len=L)(q, *(jnp.asarray(x, jnp.float32) for x in slots))
+    np.testing.assert_allclose(attention(q, k, v), expected, rtol=0, atol=3e-6)
+
+
+def test_pooling_takes_the_mean_of_valid_positions_and_has_no_parameters():
+    attention = make_attention(f"linformer(rank={R}, projection='pool')", num_heads=N, num_kv_heads=K, head_dim=H, max_len=L)
+    assert not jax.tree.leaves(nnx.state(attention, nnx.Param))
+    q, k, v = inputs(9, 17)
+    valid = np.ones((2, 17), bool)
+    valid[0, 5:10] = False  # a slot of its own: masked
+    valid[1, [0, 3, 16]] = False
+    means = [np.stack([np.stack([np.asarray(x)[b, s][valid[b, s]].mean(0) if valid[b, s].any() else np.zeros((K, H)) for s in (slice(5 * r, 5 * r + 5) for r in range(4))]) for b in range(2)])
+             for x in (k, v)]  # fmt: skip
+    slots = jnp.asarray([[valid[b, 5 * r : 5 * r + 5].any() for r in range(4)] for b in range(2)])
+    expected = make_attention("full", num_heads=N, num_kv_heads=K, head_dim=H, max_len=L)(q, *(jnp.asarray(x, jnp.float32) for x in means), valid_BS=slots)
+    for run in (attention, attention.reference):
+        np.testing.assert_allclose(run(q, k, v, valid_BS=jnp.asarray(valid)), expected, rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("projection", ["conv", "pool"])
+def test_local_projections_equal_their_reference_and_full_attention_at_one_position_a_slot(projection):
+    args, valid = inputs(9, 17), jnp.asarray(np.random.default_rng(1).random((2, 17)) > 0.3)
+    attention = make_attention(f"linformer(rank={R}, projection={projection!r})", num_heads=N, num_kv_heads=K, head_dim=H, max_len=L)
+    np.testing.assert_allclose(attention(*args, valid_BS=valid), attention.reference(*args, valid_BS=valid), rtol=0, atol=3e-6)
+    single = make_attention(f"linformer(rank={L}, projection={projection!r})", num_heads=N, num_kv_heads=K, head_dim=H, max_len=L)
+    if projection == "conv":
+        single.key_projection[...] = single.value_projection[...] = jnp.ones((1, 1))
+    full = make_attention("full", num_heads=N, num_kv_heads=K, head_dim=H, max_len=L)
+    np.testing.assert_allclose(single(*args, valid_BS=valid), full(*args, valid_BS=valid), rtol=0, atol=3e-6)

@@ -15,6 +15,16 @@ DEFINITIONS = {  # written from the papers' definitions, one pair at a time
     "axial(width=9)": lambda i, j: i // 9 == j // 9 or i % 9 == j % 9,
     "axial(width=9, axis='row')": lambda i, j: i // 9 == j // 9,
     "axial(width=9, axis='column')": lambda i, j: i % 9 == j % 9,
+    "strided(stride=8, band=2)": lambda i, j: abs(i - j) <= 2 or (i - j) % 8 == 0,
+    "strided(stride=8, band=0)": lambda i, j: (i - j) % 8 == 0,
+    "strided(stride=5, band=13)": lambda i, j: abs(i - j) <= 13 or (i - j) % 5 == 0,
+    "strided(stride=1000, band=3)": lambda i, j: abs(i - j) <= 3,
+    "strided(stride=1000000000)": lambda i, j: True,
+    "dilated(window=3, dilation=1000000000)": lambda i, j: i == j,
+    "axial(width=1000000000)": lambda i, j: True,
+    "axial(width=1000000000, axis='column')": lambda i, j: i == j,
+    "fixed(stride=1000000000, summary=1)": lambda i, j: True,
+    "block_local(block=1000000000)": lambda i, j: True,
     "global_window(window=3, globals=4)": lambda i, j: abs(i - j) <= 3 or i < 4 or j < 4,
     "global_window(window=0, globals=0)": lambda i, j: i == j,
     "bigbird(window=2, globals=5, random=0)": lambda i, j: abs(i - j) <= 2 or i < 5 or j < 5,
@@ -49,6 +59,15 @@ def test_axial_is_its_two_axes_merged():
     row, column, both = (seen(f"axial(width=6, axis={axis!r})", 40, 40, False)[0] for axis in ("row", "column", "both"))
     np.testing.assert_array_equal(row | column, both)
     np.testing.assert_array_equal(row & column, np.eye(40, dtype=bool))
+
+
+def test_strided_reads_an_image_row_by_row():
+    """5 x 8 pixels: a pixel sees its column and its two neighbours on each side in raster order."""
+    pairs, _ = seen("strided(stride=8, band=2)", 40, 40, False)
+    images = pairs.reshape(40, 5, 8)
+    expected = np.zeros((5, 8), bool)
+    expected[:, 3] = expected[2, 1:6] = True
+    np.testing.assert_array_equal(images[2 * 8 + 3], expected)
 
 
 def test_impossible_options_are_refused():

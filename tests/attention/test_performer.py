@@ -57,7 +57,7 @@ def test_the_kernel_estimate_is_unbiased():
 def test_the_error_falls_as_one_over_the_root_of_the_features():
     q, k = unit(jax.random.key(5))
     exact = np.exp(q @ k.T / np.sqrt(H))
-    counts = (16, 64, 256, 1024)
+    counts = (16, 128, 1024)
     errors = [np.sqrt(np.mean([np.square(kernel(q, k, draw(key, R, H)) / exact - 1) for key in jax.random.split(jax.random.key(6), 20)])) for R in counts]
     assert np.polyfit(np.log(counts), np.log(errors), 1)[0] == pytest.approx(-0.5, abs=0.1)
 

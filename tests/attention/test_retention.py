@@ -58,7 +58,7 @@ def test_what_is_far_weighs_less():
     q = jnp.ones((1, T, N, H))
     k = jnp.zeros((1, T, N, H)).at[:, jnp.array([10, 20])].set(1.0)
     v = jnp.zeros((1, T, N, H)).at[:, 10].set(1.0).at[:, 20].set(-1.0)
-    causal, both = (make(causal=causal)(q, k, v) for causal in (True, False))
+    causal, both = (jax.jit(make(causal=causal))(q, k, v) for causal in (True, False))
     assert (causal[:, :10] == 0).all() and (causal[:, 10:20] > 0.99).all() and (causal[:, 20:] < 0).all()
     assert (both[:, :15] > 0).all() and (both[:, 16:] < 0).all()
     np.testing.assert_allclose(both[:, 15], 0, atol=1e-2)
@@ -67,14 +67,20 @@ def test_what_is_far_weighs_less():
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 def test_outputs_have_length_sqrt_H_whatever_the_scale_of_the_scores(causal):
     q, k, v = inputs()
-    o = make(causal=causal)(q, k, v)
+    attention = jax.jit(make(causal=causal))
+    o = attention(q, k, v)
     np.testing.assert_allclose(np.square(o).mean(axis=-1), 1, atol=1e-2)
-    np.testing.assert_allclose(make(causal=causal)(q, 30 * k, v), o, atol=1e-2)
+    np.testing.assert_allclose(attention(q, 30 * k, v), o, atol=1e-2)
 
 
-def test_bidirectional_is_the_same_read_backwards():
+def test_bidirectional_decays_by_distance():
+    """All pairs written out, gamma^|t - j|, and the same read backwards."""
     q, k, v = inputs()
     attention = jax.jit(make(causal=False))
+    decay = (1 - 2.0 ** -(2.0 + np.arange(N)))[:, None, None] ** abs(np.arange(T)[:, None] - np.arange(T))
+    scores = np.einsum("BTNH,BSNH->BNTS", *(np.asarray(x, np.float64) for x in (q, k))) * decay / np.sqrt(H * decay.sum(axis=-1, keepdims=True))
+    scores = scores / np.maximum(abs(scores.sum(axis=-1, keepdims=True)), 1)
+    np.testing.assert_allclose(attention(q, k, v), normalized(np.einsum("BNTS,BSNH->BTNH", scores, v)), atol=1e-5)
     np.testing.assert_allclose(attention(*(x[:, ::-1] for x in (q, k, v)))[:, ::-1], attention(q, k, v), atol=1e-5)
 
 
@@ -83,7 +89,7 @@ def test_invalid_keys_weigh_nothing(causal):
     """A sequence with 10 invalid positions behind it gives what it gives alone."""
     q, k, v = inputs()
     valid = jnp.arange(T)[None, :] < jnp.array([[T - 10], [T - 10]])
-    attention = make(causal=causal)
+    attention = jax.jit(make(causal=causal))
     alone = attention(*(x[:, : T - 10] for x in (q, k, v)))
     np.testing.assert_allclose(attention(q, k, v, valid_BS=valid)[:, : T - 10], alone, atol=1e-3)
 
@@ -91,7 +97,7 @@ def test_invalid_keys_weigh_nothing(causal):
 def test_grouped_heads_share_their_decay_and_their_state():
     q, k, v = inputs(N=4, K=2)
     grouped = make(N=4, K=2)
-    np.testing.assert_allclose(grouped(q, k, v)[:, :, ::2], make(N=2)(q[:, :, ::2], k, v), atol=1e-6)
+    np.testing.assert_allclose(jax.jit(grouped)(q, k, v)[:, :, ::2], jax.jit(make(N=2))(q[:, :, ::2], k, v), atol=1e-6)
     assert grouped.flops(1, T, T) == 0.75 * make(N=4).flops(1, T, T), "two states are updated, and read by four heads"
 
 

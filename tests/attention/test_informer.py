@@ -1,0 +1,94 @@
+"""Informer's ProbSparse attention: M by its definition, which queries it makes active, and what the others get."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attn_zoo import make_attention
+from attn_zoo.attention import informer
+from attn_zoo.attention.informer import count, mean_values, rows_attention, sparsity
+
+T, N, H = 40, 2, 4
+
+
+def make(factor=2, causal=False):
+    return make_attention(f"informer(factor={factor})", num_heads=N, head_dim=H, max_len=T, causal=causal)
+
+
+def inputs(B=1, S=T):
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((B, T, N, H), (B, S, N, H), (B, S, N, H))]
+
+
+def full(q, k, v, causal):
+    scores = np.einsum("BTNH,BSNH->BNTS", q, k) / np.sqrt(H)
+    scores = np.where(np.tri(T, dtype=bool) | (not causal), scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return np.einsum("BNTS,BSNH->BTNH", weights / weights.sum(axis=-1, keepdims=True), v)
+
+
+def test_counts_grow_with_the_logarithm():
+    assert [count(5, length) for length in (1, 2, 20, 1024, 8192)] == [1, 2, 15, 35, 50]
+
+
+@pytest.mark.parametrize("size", [5, 30])
+def test_sparsity_is_max_minus_mean_over_the_sampled_valid_keys(size):
+    """With 30 of them asked for, one sequence has fewer than that."""
+    q, k, _ = inputs(B=2, S=35)
+    rng = np.random.default_rng(1)
+    order, valid = rng.random(35).astype(np.float32), rng.random((2, 35)) > np.array([[0.1], [0.5]])
+    M = sparsity(q, k, jnp.asarray(order), jnp.asarray(valid), size)
+    for b, n in np.ndindex(2, N):
+        sample = sorted(np.flatnonzero(valid[b]), key=lambda s: -order[s])[:size]
+        scores = np.asarray(q[b, :, n] @ k[b, sample, n].T) / np.sqrt(H)
+        np.testing.assert_allclose(M[b, n], scores.max(axis=1) - scores.mean(axis=1), atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_peaked_queries_are_active_and_the_others_take_the_mean(causal):
+    """Twice ln 40 is 8 queries: the eight long ones, wherever they stand; another eight in the other head."""
+    q, k, v = inputs()
+    long = np.random.default_rng(2).permuted(np.tile(np.arange(T), (N, 1)), axis=1)[:, :8]
+    for n in range(N):
+        q = q.at[:, long[n], n].multiply(50.0)
+    attention = make(causal=causal)
+    assert all(set(attention.active(q, k, None, None, None)[0, n].tolist()) == set(long[n].tolist()) for n in range(N))
+    o, expected = np.asarray(jax.jit(attention)(q, k, v)), full(q, k, v, causal)
+    means = np.cumsum(v, axis=1) / np.arange(1, T + 1)[:, None, None] if causal else np.broadcast_to(np.mean(v, axis=1, keepdims=True), v.shape)
+    for n in range(N):
+        lazy = np.setdiff1d(np.arange(T), long[n])
+        np.testing.assert_allclose(o[:, long[n], n], expected[:, long[n], n], atol=1e-5)
+        np.testing.assert_allclose(o[:, lazy, n], means[:, lazy, n], atol=1e-5)
+
+
+def test_invalid_queries_are_never_active():
+    q, k, _ = inputs()
+    valid = jnp.asarray(np.random.default_rng(2).random((1, T)) > 0.5)
+    active = make().active(jnp.where(valid[..., None, None], q, 0), k, valid, valid, None)
+    assert np.asarray(valid)[0, active].all()
+
+
+def test_means_leave_out_invalid_values():
+    v = jnp.asarray([[1.0, 0.0, 5.0]])[..., None, None]
+    valid = jnp.asarray([[True, False, True]])
+    assert mean_values(v, valid, 2, False).ravel().tolist() == [3, 3]
+    assert mean_values(v, valid, 4, True).ravel().tolist() == [1, 1, 3, 3]
+    assert mean_values(0 * v, valid & False, 2, True).ravel().tolist() == [0, 0]
+
+
+def test_some_rows_at_a_time_are_all_rows(monkeypatch):
+    q, k, v = inputs()
+    rows = jnp.broadcast_to(jnp.asarray([3, 39, 0, 7, 20]), (1, N, 5))
+    run = lambda: jax.jit(lambda *args: rows_attention(*args, None))(q[:, rows[0, 0]].swapaxes(1, 2), k, v, rows)
+    at_once = run()
+    monkeypatch.setattr(informer, "SCORE_BYTES", 4 * N * T * 2)
+    np.testing.assert_allclose(run(), at_once, atol=1e-6)
+    np.testing.assert_allclose(at_once.swapaxes(1, 2), full(q, k, v, True)[:, rows[0, 0]], atol=1e-5)
+
+
+def test_the_sample_is_drawn_by_the_key():
+    q, k, _ = inputs()
+    attention = make(factor=1)
+    chosen = [attention.active(q, k, None, None, key)[0, 0].tolist() for key in (None, None, *jax.random.split(jax.random.key(0), 8))]
+    assert chosen[0] == chosen[1] and len(set(map(tuple, chosen[2:]))) > 1
