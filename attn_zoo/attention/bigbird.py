@@ -1,7 +1,7 @@
 """BigBird as its paper defines it, position by position: a window, global tokens, and random keys for every query.
 
-Query i sees key j when |i - j| <= window, or i or j < globals, or j is among the `random` keys drawn for i (Zaheer et al. 2020, sec. 2; the
-global tokens are its "internal" ones). The form that its authors compute, in blocks, is `block`. Here the draw is without replacement from
+Query i sees key j when |i - j| <= window, or i or j < globals, or j is among the `random` keys drawn for i (Zaheer et al. 2020, sec. 2; its
+"internal" global tokens, ITC). The form that its authors compute, in blocks, is `block`. Here the draw is without replacement from
 the keys that the other two parts leave (the earlier ones of them when causal), the same for all heads. The window and the global tokens are
 computed in blocks, the random keys, which fill none, are gathered, and the two, being disjoint, are merged by their logsumexp.
 """

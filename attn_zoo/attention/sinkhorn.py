@@ -101,14 +101,11 @@ class Sinkhorn(Attention):
         logits_BKCC = self.logits(summaries(k_BCWKH, valid_BCW, causal), key)
         R_BKCC = soft_permutation(logits_BKCC, seen_BCC[:, None], self.options.iterations, causal)
 
-        sort = lambda x: jnp.einsum("BKIJ,BJWKH->BIWKH", R_BKCC, x)
-        sorted_k, sorted_v, sorted_valid = sort(k_BCWKH), sort(v_BCWKH), None
-        if causal or valid_BS is not None or T % self.block:
-            sorted_valid = jnp.einsum("BIJ,BJW->BIW", seen_BCC.astype(jnp.float32), valid_BCW.astype(jnp.float32)) > 0
-            share = jnp.einsum("BKIJ,BJW->BIWK", R_BKCC, valid_BCW.astype(R_BKCC.dtype)) / _or_one(R_BKCC.sum(axis=-1)).swapaxes(1, 2)[:, :, None]
-            sorted_k, sorted_v = (x / jnp.maximum(share, LEAST_SHARE)[..., None] for x in (sorted_k, sorted_v))
-            sorted_valid = sorted_valid.reshape(sorted_valid.shape[0], -1)
-        sorted_k, sorted_v = (x.reshape(x.shape[0], -1, *x.shape[3:]).astype(k_BSKH.dtype) for x in (sorted_k, sorted_v))
+        flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])
+        share_BCWK = jnp.einsum("BKIJ,BJW->BIWK", R_BKCC, valid_BCW.astype(R_BKCC.dtype)) / _or_one(R_BKCC.sum(axis=-1)).swapaxes(1, 2)[:, :, None]
+        sort = lambda x: jnp.einsum("BKIJ,BJWKH->BIWKH", R_BKCC, x) / jnp.maximum(share_BCWK, LEAST_SHARE)[..., None]
+        sorted_k, sorted_v = (flat(sort(x)).astype(k_BSKH.dtype) for x in (k_BCWKH, v_BCWKH))
+        sorted_valid = flat(jnp.einsum("BIJ,BJW->BIW", seen_BCC.astype(jnp.float32), valid_BCW.astype(jnp.float32)) > 0)
         other = blocked_attention(q_BTNH, sorted_k, sorted_v, pattern=own_block(self.block, T, False), valid_BS=sorted_valid)
         return merge(own, other)[0]
 

@@ -1,5 +1,7 @@
 """Clustered attention: K-means on hashes against a loop, when clusters lose nothing, and what redoing the best keys is worth."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,12 +14,15 @@ T, S, N = 48, 8, 1
 H = S  # so that with values that are unit vectors an output is the row of weights
 
 
-def run(q, k, v=None, **options):
-    """The outputs, which are the weights [T, S] unless values are given."""
+@functools.cache
+def layer(**options):
+    """(q, k) -> (weights [T, S], the cluster of each query)."""
     attention = make_attention(f"clustered({', '.join(f'{o}={x}' for o, x in options.items())})", num_heads=N, head_dim=H, max_len=T)
-    o_BTNH = jax.jit(attention)(q, k, jnp.eye(S)[None, :, None] if v is None else v)
-    label_BNT, _ = attention.cluster(q, None)
-    return np.asarray(o_BTNH[0, :, 0]), np.asarray(label_BNT[0, 0])
+    return jax.jit(lambda q, k: (attention(q, k, jnp.eye(S)[None, :, None])[0, :, 0], attention.cluster(q, None)[0][0, 0]))
+
+
+def run(q, k, **options):
+    return [np.asarray(x) for x in layer(**options)(q, k)]
 
 
 def softmax(scores):
@@ -56,10 +61,10 @@ def test_kmeans_is_that_of_a_loop(iterations):
 
 
 def test_clusters_of_equal_queries_lose_nothing():
-    """Six different queries, eight times each, in six clusters."""
+    """Six different queries, eight times each, in seven clusters, of which one stays empty."""
     q, k, _ = inputs()
     q = jnp.tile(q[:, :6], (1, T // 6, 1, 1))
-    weights, label = run(q, k, clusters=6, topk=0)
+    weights, label = run(q, k, clusters=7, topk=0)
     assert len(set(label.tolist())) == 6
     np.testing.assert_allclose(weights, softmax(np.asarray(q[0, :, 0] @ k[0, :, 0].T) / np.sqrt(H)), atol=1e-5)
 
@@ -88,8 +93,8 @@ def test_best_keys_are_redone_within_their_mass():
 def test_redoing_best_keys_brings_every_query_nearer():
     """In L1 distance to its own softmax, query by query: proposition 2 of Vyas et al. 2020. All keys redone is full attention."""
     q, k, exact = inputs()
-    distances = [abs(run(q, k, clusters=5, topk=topk)[0] - exact).sum(axis=1) for topk in (0, 2, 4, 8)]
-    for topk in (1, 2, 3):
+    distances = [abs(run(q, k, clusters=7, topk=topk)[0] - exact).sum(axis=1) for topk in (0, 3, 8)]
+    for topk in (1, 2):
         assert (distances[topk] <= distances[0] + 1e-5).all()
     means = [d.mean() for d in distances]
     assert means == sorted(means, reverse=True) and means[0] > 0.3 and means[-1] < 1e-5
@@ -100,13 +105,13 @@ def test_error_falls_with_the_number_of_clusters():
     _, k, _ = inputs()
     q = jnp.asarray((4 * rng.normal(size=(12, H)))[np.arange(T) % 12] + 0.3 * rng.normal(size=(T, H)), jnp.float32)[None, :, None]  # twelve bunches
     exact = softmax(np.asarray(q[0, :, 0] @ k[0, :, 0].T) / np.sqrt(H))
-    errors = [abs(run(q, k, clusters=C, topk=0)[0] - exact).sum(axis=1).mean() for C in (1, 4, 12)]
+    errors = [abs(run(q, k, clusters=C, topk=0)[0] - exact).sum(axis=1).mean() for C in (1, 7, 12)]
     assert errors[0] > errors[1] > errors[2] and errors[2] < errors[0] / 4
 
 
 def test_gradients_of_a_query_are_shared_by_its_cluster():
     q, k, _ = inputs()
-    attention = make_attention("clustered(clusters=4, topk=0)", num_heads=N, head_dim=H, max_len=T)
+    attention = make_attention("clustered(clusters=7, topk=0)", num_heads=N, head_dim=H, max_len=T)
     label = np.asarray(attention.cluster(q, None)[0])[0, 0]
     dq = np.asarray(jax.jit(jax.grad(lambda q: attention(q, k, jnp.eye(S)[None, :, None])[0, 5, 0, 2]))(q))[0, :, 0]
     together = label == label[5]

@@ -11,7 +11,8 @@ T, N, K, H, GLOBALS = 21, 4, 2, 8, 3
 
 
 def make(causal=False, separate=True, seed=None, globals=GLOBALS):
-    attention = make_attention(f"global_window(window=2, globals={globals}, separate={separate})", num_heads=N, num_kv_heads=K, head_dim=H, max_len=32, causal=causal)
+    spec = f"global_window(window=2, globals={globals}, separate={separate})"
+    attention = make_attention(spec, num_heads=N, num_kv_heads=K, head_dim=H, max_len=32, causal=causal)
     if seed is not None and globals:
         for name in ("query_map", "key_map", "value_map"):
             param = getattr(attention, name)

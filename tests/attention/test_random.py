@@ -38,5 +38,5 @@ def test_the_causal_draw_does_not_change_as_the_sequence_grows():
 def test_the_draw_follows_from_its_seed_and_differs_between_queries():
     first, again, other = (seen(f"random(k=5, seed={seed})", 41, 41, False) for seed in (3, 3, 4))
     np.testing.assert_array_equal(first, again)
-    assert (first != other).any(axis=1).all() or (first != other).any(axis=1).mean() > 0.9
+    assert (first != other).any(axis=1).mean() > 0.9
     assert len({row.tobytes() for row in first}) > 38

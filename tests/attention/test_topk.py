@@ -54,13 +54,13 @@ def test_one_key_is_a_hard_choice():
     q, k, v = (jax.random.normal(key, (1, S, N, H)) for key in jax.random.split(jax.random.key(0), 3))
     best = jnp.einsum("BTNH,BSNH->BNTS", q, k).argmax(axis=-1)
     expected = jnp.take_along_axis(v.swapaxes(1, 2), best[..., None], axis=2).swapaxes(1, 2)
-    np.testing.assert_allclose(attention(q, k, v), expected, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(attention)(q, k, v), expected, rtol=1e-6)
 
 
 def test_gradients_reach_the_chosen_keys_alone():
     attention = make_attention("topk(k=3)", num_heads=1, head_dim=H, max_len=S)
     q, k, v = (jax.random.normal(key, (1, S, 1, H)) for key in jax.random.split(jax.random.key(0), 3))
-    dk, dv = jax.grad(lambda k, v: jnp.sin(attention(q, k, v)[:, 5]).sum(), (0, 1))(k, v)
+    dk, dv = jax.jit(jax.grad(lambda k, v: jnp.sin(attention(q, k, v)[:, 5]).sum(), (0, 1)))(k, v)
     chosen = set(np.argsort(-np.asarray(k[0, :, 0] @ q[0, 5, 0]))[:3].tolist())
     for gradient in (dk, dv):
         assert set(np.flatnonzero(np.abs(gradient[0, :, 0]).sum(axis=-1)).tolist()) == chosen
@@ -70,4 +70,4 @@ def test_heads_that_share_keys_choose_apart():
     attention = make_attention("topk(k=1)", num_heads=2, num_kv_heads=1, head_dim=2, max_len=2)
     q = jnp.asarray([[[[1.0, 0.0], [0.0, 1.0]]]])
     k = v = jnp.eye(2)[None, :, None]
-    assert attention(q, k, v).tolist() == [[[[1.0, 0.0], [0.0, 1.0]]]]
+    assert jax.jit(attention)(q, k, v).tolist() == [[[[1.0, 0.0], [0.0, 1.0]]]]

@@ -37,7 +37,8 @@ def test_spans_grow_with_distance_and_are_few(neighbours):
         for side in (sorted((s for s in seen if s[1] <= i), reverse=True), sorted(s for s in seen if s[0] > i)):
             lengths = [stop - start for start, stop in side if stop < T]
             assert lengths[:neighbours] == [1] * len(lengths[:neighbours])
-            assert all(b in (a, 2 * a, 4 * a) for a, b in zip(lengths, lengths[1:]) if b >= a)  # from half to whole of the next level: twice twice
+            # A level up doubles, and so does going from a half that closed a gap to whole nodes.
+            assert all(b in (a, 2 * a, 4 * a) for a, b in zip(lengths, lengths[1:]))
             assert len(side) <= neighbours * np.ceil(np.log2(T / neighbours) + 1)
 
 
