@@ -1,9 +1,9 @@
 """Poolingformer: a sliding window, and around it a wider one whose keys and values are pooled.
 
 Level one is `local`: |i - j| <= window. Level two attends to slots that each pool `kernel` positions every `stride`, those whose middle is
-at most `second` away; the two outputs are added (Zhang et al. 2021, sec. 3.2, eq. 3 to 6). Pooling is the mean or the largest value of the valid
+at most `second` away; the two outputs are added (Zhang et al. 2021, sec. 3). Pooling is the mean or the largest value of the valid
 positions of a slot, or the paper's best, 'ldconv', a lightweight dynamic convolution: their weighted mean with weights softmax(x_m W), x_m the
-vector in the middle of the slot (eq. 7); W starts at zero, which is the mean.
+vector in the middle of the slot; W starts at zero, which is the mean.
 
 Departures: in the paper the second level makes queries, keys and values of its own from the first level's output; a layer of this zoo has one
 set of them, so both levels read it. Causal is beyond the paper: a slot is seen once its last position is not after the query.
@@ -92,7 +92,7 @@ class Poolingformer(Attention):
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         masked = valid_BS is not None
-        run = lambda k, v, pattern, valid: backends.attention(q_BTNH, k, v, pattern=pattern, valid_BS=valid, backend=self.backend(masked))
+        run = lambda k, v, pattern, valid: backends.attention(q_BTNH, k, v, pattern=pattern, valid_BS=valid, backend=self.backend_of(pattern, masked))
         o_BTNH = run(k_BSKH, v_BSKH, window_pattern(self.options, self.dims.causal), valid_BS)
         if not self.options.second:
             return o_BTNH
@@ -118,15 +118,21 @@ class Poolingformer(Attention):
         pool = lambda x, w: pool_slots(jnp.pad(x, ((0, 0), (0, max(missing, 0)), (0, 0), (0, 0))), valid_BCP, field_CP, self.options.pool, w)
         return *(pool(x, w) for x, w in zip((k_BSKH, v_BSKH), weights)), valid_BCP.any(axis=-1)
 
+    def patterns(self):
+        """Of the levels."""
+        levels = [window_pattern(self.options, self.dims.causal)]
+        return [*levels, slot_pattern(self.options, self.dims.causal)] if self.options.second else levels
+
+    def backend_of(self, pattern, masked):
+        return backends.choose(self.dims.backend, pattern, self.dims.dtype, self.dims.head_dim, masked=masked)
+
     def backend(self, masked=False):
-        return backends.choose(self.dims.backend, window_pattern(self.options, self.dims.causal), self.dims.dtype, self.dims.head_dim, masked=masked)
+        return " + ".join(dict.fromkeys(self.backend_of(pattern, masked) for pattern in self.patterns()))
 
     def plan(self, T, S, masked=False):
-        plan = pattern_plan(self.backend(masked), window_pattern(self.options, self.dims.causal), T, S)
-        if self.options.second:
-            C = num_slots(self.options, S)
-            plan |= {"slots": C, "second": pattern_plan(self.backend(masked), slot_pattern(self.options, self.dims.causal), T, C)}
-        return plan
+        sizes = (S, num_slots(self.options, S))
+        plans = [pattern_plan(self.backend_of(pattern, masked), pattern, T, size) for pattern, size in zip(self.patterns(), sizes)]
+        return plans[0] | {"backend": self.backend(masked)} | ({"slots": sizes[1], "second": plans[1]} if self.options.second else {})
 
     def flops(self, B, T, S):
         d = self.dims

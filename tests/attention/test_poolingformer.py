@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from attn_zoo import make_attention
+from attn_zoo import UserError, make_attention
 from attn_zoo.attention.poolingformer import Options, num_slots, pool_slots, slot_pattern
+from attn_zoo.ops import backends
 
 T, N, K, H = 30, 4, 2, 8
 
@@ -76,3 +77,16 @@ def test_the_levels_are_added():
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     far = np.einsum("bnts,bsnh->btnh", weights / weights.sum(-1, keepdims=True), v)
     np.testing.assert_allclose(both(*args) - near(*args), far, atol=3e-6)
+
+
+def test_each_level_has_the_backend_that_serves_it(monkeypatch):
+    """cuDNN knows the causal window, and not the slots."""
+    monkeypatch.setattr(backends, "_most_head_dim", lambda: 256)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    attention = make_attention("poolingformer", num_heads=2, head_dim=64, max_len=1024, causal=True, dtype=jnp.bfloat16)
+    plan = attention.plan(1024, 1024)
+    assert attention.backend() == plan["backend"] == "cudnn + xla" and plan["second"]["backend"] == "xla"
+    assert attention.backend(masked=True) == "xla"
+    forced = make_attention("poolingformer", num_heads=2, head_dim=64, max_len=1024, causal=True, dtype=jnp.bfloat16, backend="cudnn")
+    with pytest.raises(UserError, match="cudnn' cannot serve here"):
+        forced.backend()
