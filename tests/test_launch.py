@@ -167,7 +167,7 @@ def test_list_prints_the_zoo(call):
     assert (status, err) == (0, "")
     for name, variant in VARIANTS.items():
         assert f"\n{name}" in out and f"{variant.paper.year}: " in out
-    assert "window=256" in out and "linformer is not causal: " in out
+    assert "window=256" in out and "linformer cannot be causal: " in out
 
 
 def test_dry_run_prints_cells_and_runs_nothing(call, tmp_path):

@@ -3,7 +3,7 @@
 Katharopoulos et al. 2020, eq. 5 (bidirectional) and 9 (causal, here as a chunked scan instead of one position at a time). No 1/sqrt(H).
 
 Feature maps phi besides theirs: 'relu' (Choromanski et al. 2021, sec. 4.2); 'dpfp', deterministic and parameter-free (Schlag et al. 2021,
-sec. 5.3); and 'cosformer' (Qin et al. 2022, eq. 10 to 14): relu, with pairs weighted by cos(pi / 2 (i - j) / M). M is max_len, so that neither
+sec. 5.3); and 'cosformer' (Qin et al. 2022, sec. 3.3): relu, with pairs weighted by cos(pi / 2 (i - j) / M). M is max_len, so that neither
 the length of a sequence nor its future moves the weights; the authors' code takes the longest length of each call.
 A query that has weight for no key it sees gives zeros.
 """
@@ -25,7 +25,7 @@ def elu(x):
 
 
 def dpfp(x, nu: int = 1):
-    """[..., H] -> [..., 2 H nu], float32: with r = relu([x, -x]), the products r_i r_{i - s} for s = 1 to nu, i cyclic. Schlag et al. 2021, eq. 37."""
+    """[..., H] -> [..., 2 H nu], float32: with r = relu([x, -x]), the products r_i r_{i - s} for s = 1 to nu, i cyclic. Schlag et al. 2021, sec. 5.3."""
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     r = jax.nn.relu(jnp.concatenate([x, -x], axis=-1))
     return jnp.concatenate([r * jnp.roll(r, shift, axis=-1) for shift in range(1, nu + 1)], axis=-1)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 
 from attn_zoo import UserError, make_attention
 from attn_zoo.ops.additive import additive_attention
@@ -89,7 +90,7 @@ def test_no_array_of_all_hidden_units():
     def sizes(jaxpr):
         for equation in jaxpr.eqns:
             yield from (int(np.prod(var.aval.shape)) for var in equation.outvars)
-            for inner in jax.core.jaxprs_in_params(equation.params):
+            for inner in jaxprs_in_params(equation.params):
                 yield from sizes(inner)
 
     assert 64 * 64 * R <= max(sizes(jaxpr)) < T * T

@@ -67,10 +67,10 @@ def assert_close(actual, expected, tolerance):
 # Gate 1: the fast form equals the slow one, where no block divides the length.
 SHAPES = {  # T, S, N, K, dtype, ragged validity, tolerance
     "T63-f32": (63, 63, 2, 2, jnp.float32, False, 3e-6),
-    "T257-f32-grouped-ragged": (257, 257, 4, 2, jnp.float32, True, 3e-6),
+    "T257-f32-grouped-ragged": (257, 257, 4, 2, jnp.float32, True, 1e-5),
     "T1000-f32-grouped": (1000, 1000, 2, 1, jnp.float32, False, 1e-5),
     "T257-bf16-ragged": (257, 257, 2, 2, jnp.bfloat16, True, 2e-2),
-    "T63-S257-f32-ragged": (63, 257, 2, 1, jnp.float32, True, 3e-6),
+    "T63-S257-f32-ragged": (63, 257, 2, 1, jnp.float32, True, 1e-5),
     "T257-S63-bf16": (257, 63, 2, 2, jnp.bfloat16, False, 2e-2),
 }
 
