@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from attn_zoo import UserError, VARIANTS, make_attention, train
@@ -273,7 +274,7 @@ def test_training_makes_no_quadratic_array(spec):
     def sizes(jaxpr):
         for equation in jaxpr.eqns:
             yield from (int(np.prod(var.aval.shape)) for var in equation.outvars)
-            for inner in jax.core.jaxprs_in_params(equation.params):
+            for inner in jaxprs_in_params(equation.params):
                 yield from sizes(inner)
 
     assert max(sizes(jaxpr)) < T * T
