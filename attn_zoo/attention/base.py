@@ -56,7 +56,10 @@ class Bound:
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A registry entry. `causal`, `cross` and `decode` are True, or the reason why not."""
+    """A registry entry. `causal`, `cross` and `decode` are True, or the reason why not.
+
+    `decode`: whether generation has an incremental form; without one, each step feeds the sequence again.
+    """
 
     name: str
     family: str
@@ -71,7 +74,12 @@ class Variant:
     bound: Bound | None = None
     causal: bool | str = True
     cross: bool | str = True
-    decode: bool | str = "not built yet"
+    decode: bool | str = "no incremental form is built"
+    state_order: float = 1.0  # of a decoder's state, in T, at the default options
+    foresight: str = ""  # causal in its gradients, an output may still depend on later positions through a choice; how. Then steps differ from the parallel form
+
+
+Cache = dict[str, Array]  # a decoder's state: 't', how many positions it has seen, and arrays that lead with B, a row a sequence
 
 
 class Loss(nnx.Intermediate):
@@ -99,6 +107,7 @@ class Attention(nnx.Module):
     variant: Variant  # its registry entry, set by make_attention
     shares_query_key = False  # True: the layer makes no key projection, and keys are the queries
     pools_queries = False  # True: an output depends on other queries too; invalid ones arrive as zeros, and `attend` takes valid_BT
+    anywhere = False  # True: without a causal mask, an output does not depend on the position of its query
 
     def __init__(self, options: Any, dims: Dims):
         self.options = options
@@ -133,6 +142,60 @@ class Attention(nnx.Module):
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         """The slow form, on float32 arguments."""
         raise NotImplementedError
+
+    @property
+    def rowwise(self) -> bool:
+        """Whether an output depends on no query but its own, as cross-attention in a decoder must."""
+        return not self.pools_queries
+
+    def init_cache(self, B: int, max_len: int) -> Cache:
+        """The state before the first of at most `max_len` steps. Raises Unsupported unless the attention is causal.
+
+        This one, for variants without an incremental form, keeps all queries, keys and values.
+        """
+        self.check_decoding(max_len)
+        d = self.dims
+        arrays = {name: jnp.zeros((B, max_len, heads, d.head_dim), d.dtype) for name, heads in (("q", d.num_heads), ("k", d.num_kv_heads), ("v", d.num_kv_heads))}
+        return arrays | {"t": jnp.zeros((), jnp.int32)}
+
+    def step(
+        self, q_B1NH: Float[Array, "B 1 N H"], k_B1KH: Float[Array, "B 1 K H"], v_B1KH: Float[Array, "B 1 K H"], cache: Cache
+    ) -> tuple[Float[Array, "B 1 N H"], Cache]:
+        """(the output at position cache['t'], the state after it): one position of what the parallel form computes, in evaluation.
+
+        This one feeds the sequence again, as far as it goes.
+        """
+        t = cache["t"]
+        q, k, v = (jax.lax.dynamic_update_slice_in_dim(cache[name], x.astype(cache[name].dtype), t, 1) for name, x in (("q", q_B1NH), ("k", k_B1KH), ("v", v_B1KH)))
+        valid_BT = jnp.broadcast_to(jnp.arange(q.shape[1]) <= t, q.shape[:2])
+        o_BTNH = self(q, k, v, valid_BS=valid_BT)
+        return jax.lax.dynamic_slice_in_dim(o_BTNH, t, 1, 1), {"q": q, "k": k, "v": v, "t": t + 1}
+
+    def init_cross_cache(self, k_BSKH: Float[Array, "B S K H"], v_BSKH: Float[Array, "B S K H"], max_len: int, *, valid_BS: Bool[Array, "B S"] | None = None) -> Cache:
+        """The state of cross-attention from at most `max_len` queries, one after the other, to these keys. Raises Unsupported for what is not `rowwise`."""
+        if not self.rowwise:
+            raise Unsupported(f"{self.variant.name} cannot attend from a decoder to an encoder: an output depends on the other queries, those after it among them")
+        valid_BS = jnp.ones(k_BSKH.shape[:2], bool) if valid_BS is None else valid_BS
+        cache = {"k": k_BSKH, "v": v_BSKH, "valid": valid_BS, "t": jnp.zeros((), jnp.int32)}
+        d = self.dims
+        return cache if self.anywhere else cache | {"q": jnp.zeros((len(k_BSKH), max_len, d.num_heads, d.head_dim), d.dtype)}
+
+    def cross_step(self, q_B1NH: Float[Array, "B 1 N H"], cache: Cache) -> tuple[Float[Array, "B 1 N H"], Cache]:
+        """(row cache['t'] of cross-attention, the state after it). Where the query's position has a meaning, all queries so far are fed again."""
+        t = cache["t"]
+        if self.anywhere:
+            o_B1NH = self(q_B1NH, cache["k"], cache["v"], valid_BS=cache["valid"])
+            return o_B1NH, cache | {"t": t + 1}
+        q_BTNH = jax.lax.dynamic_update_slice_in_dim(cache["q"], q_B1NH.astype(cache["q"].dtype), t, 1)
+        o_BTNH = self(q_BTNH, cache["k"], cache["v"], valid_BS=cache["valid"])
+        return jax.lax.dynamic_slice_in_dim(o_BTNH, t, 1, 1), cache | {"q": q_BTNH, "t": t + 1}
+
+    def check_decoding(self, max_len: int) -> None:
+        """Raises Unsupported unless this attention is causal, UserError where it was built for less than `max_len`."""
+        if not self.dims.causal:
+            raise Unsupported(f"{self.variant.name} was built without a causal mask; a decoder generates with causal=True")
+        if max_len > self.dims.max_len:
+            raise UserError(f"max_len={max_len} is over the max_len={self.dims.max_len} that this attention was built for")
 
     def leave(self, name: str, value: Array) -> None:
         """Sets the layer's variable `name` (a Loss, a Statistic, state that is updated) during a call.

@@ -296,6 +296,21 @@ def count_pairs(pattern: Pattern, T: int, S: int) -> int:
     return pairs
 
 
+def visibility(pattern: Pattern, T: int) -> tuple[np.ndarray, np.ndarray]:
+    """Among T positions: the last query that sees each key (-1 if none does), and how many keys each query sees; int64 [T] both."""
+    mask = block_mask(pattern, T, T, 64, 64)
+    last, seen = np.full(64 * mask.num_k, -1), np.zeros(64 * mask.num_q, np.int64)
+    rows = lambda start: np.repeat(np.arange(mask.num_q), np.diff(start))
+    np.maximum.at(last.reshape(-1, 64), mask.full_block, (np.minimum(64 * rows(mask.full_start) + 64, T) - 1)[:, None])
+    np.add.at(seen.reshape(-1, 64), rows(mask.full_start), 64)
+    for r, c in _chunks(rows(mask.part_start), mask.part_block, 1024):
+        i, j = np.broadcast_arrays(*_pairs(r * 64, c * 64, 64, 64))
+        visible = pattern.mask(i, j) & (i < T) & (j < T)
+        np.maximum.at(last, j[visible], i[visible])
+        np.add.at(seen, i[visible], 1)
+    return last[:T], seen[:T]
+
+
 def _look(pattern, some, every, i0, i1, j0, j1):
     """Judges the blocks that the corners left open, pair by pair, some blocks at a time."""
     some, every = some.copy(), every.copy()

@@ -2,6 +2,8 @@
 
 A task is built for one sequence length T. A batch is a dict of numpy arrays:
 inputs int32 [B, T], targets int32 [B, T] or [B], weights float32 like targets (1 where scored), valid bool [B, T] (False at padding).
+Where something is generated from a source, which an encoder reads, there are also source int32 [B, S] and source_valid bool [B, S], or,
+of a picture, source float32 [B, height, width, channels] alone.
 """
 
 import abc
@@ -30,6 +32,10 @@ class Task(abc.ABC):
     num_outputs: int  # logits
     per_token: bool  # targets are [B, T]; else one class a sequence, [B]
     padded: bool = False  # whether any position may be invalid: if not, models need no key validity
+    source_vocab: int = 0  # number of source ids; 0 where there is no source, or it is a picture
+    source_len: int = 0  # S
+    image_shape: tuple[int, int, int] | None = None  # of a source that is a picture
+    probes: tuple[str, ...] = ()  # further splits that eval_batches knows, each scored by itself at the end (one length, one language ...)
     loss_name: str = "loss"  # the headline: nats, or "bits_per_byte" (nats / ln 2)
 
     def __init__(self, options: Any, seq_len: int, data_dir: str):
