@@ -170,26 +170,36 @@ def main(_) -> None:
 
 
 def run(out: Path) -> None:
-    """Measures unless told to report only, and writes records.json and table.md into `out`."""
+    """Measures what is not measured yet, unless told to report only, and writes records.json and table.md into `out`."""
+    path = out / "records.json"
     if not REPORT_ONLY.value:
         text = VARIANT_SPECS.value if VARIANT_SPECS.value is not None else ", ".join(VARIANTS)
         specs = [variant_text(entry) for entry in parse_variants(text)]
-        rates, records = [matmul_flops_per_s(DTYPE.value)], []
+        settings = {f.name: f.value for f in (BATCH, HEADS, HEAD_DIM, DTYPE, CAUSAL, ROUNDS)} | {"specs": specs}
+        content = {"settings": settings, "matmul_flops_per_s": [], "records": [], "provenance": provenance.collect()}
+        if path.exists():
+            before = json.loads(path.read_text())
+            same = all(before["provenance"].get(key) == content["provenance"][key] for key in ("git_commit", "git_dirty", "cpu"))
+            if before["settings"] == settings and same and not before["provenance"]["git_dirty"]:
+                content = before
         for T in map(int, SEQ_LENS.value):
-            records += measure(T, specs)
+            if T not in {r["seq_len"] for r in content["records"]}:
+                content["matmul_flops_per_s"].append(matmul_flops_per_s(DTYPE.value))
+                content["records"] += measure(T, specs)
+                _write(path, content)
             print(f"T = {T} done", file=sys.stderr, flush=True)
-        rates.append(matmul_flops_per_s(DTYPE.value))
-        settings = {f.name: f.value for f in (BATCH, HEADS, HEAD_DIM, DTYPE, CAUSAL, ROUNDS)}
-        content = {"settings": settings, "matmul_flops_per_s": rates, "records": records, "provenance": provenance.collect()}
-        out.mkdir(parents=True, exist_ok=True)
-        temporary = out / f".records.json.{os.getpid()}"
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(temporary, out / "records.json")
-    if not (out / "records.json").exists():
-        raise UserError(f"--report_only: there is no {out / 'records.json'}")
-    text = table(json.loads((out / "records.json").read_text()))
+    if not path.exists():
+        raise UserError(f"--report_only: there is no {path}")
+    text = table(json.loads(path.read_text()))
     (out / "table.md").write_text(text)
     print(text)
+
+
+def _write(path: Path, content: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)
 
 
 if __name__ == "__main__":
