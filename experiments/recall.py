@@ -63,7 +63,7 @@ mqar = Experiment(
     variants=tuple(spec for spec in (*SEVEN, *OTHERS) if find(spec)[0].causal is True),
     seq_lens=(64,),
     model=Model(D=64, layers=2, N=2, positions="learned"),
-    train=Train(steps=1200, tokens_per_step=2048, lr=4e-3, warmup=50, log_every=20, eval_tokens=65536),
+    train=Train(steps=800, tokens_per_step=2048, lr=4e-3, warmup=50, log_every=20, eval_tokens=65536),
     measure=Measure(modes=()),
     timeout_s=900,
 )
@@ -72,7 +72,7 @@ listops = dataclasses.replace(
     name="recall_listops",
     task="listops(form='short', max_length=64)",
     variants=(*SEVEN, *OTHERS),
-    train=Train(steps=800, tokens_per_step=2048, lr=2e-3, warmup=50, log_every=20, eval_tokens=64000),
+    train=Train(steps=600, tokens_per_step=2048, lr=2e-3, warmup=50, log_every=20, eval_tokens=64000),
 )
 EXPERIMENTS = {"mqar": mqar, "listops": listops}
 
