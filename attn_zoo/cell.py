@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from flax import nnx
 
 from attn_zoo import measure, provenance, train
 from attn_zoo.attention import find, parse_variant
@@ -24,8 +26,11 @@ from attn_zoo.checkpoints import Checkpoints
 from attn_zoo.config import Cell
 from attn_zoo.models import flops_per_step, param_counts
 from attn_zoo.results import write_record
-from attn_zoo.spec import Unsupported
+from attn_zoo.spec import Unsupported, UserError
 from attn_zoo.tasks import Task, load_task
+
+
+DECODE_STEPS = 64  # in one call of the measuring mode `decode`
 
 
 def run(cell: Cell, workdir: str, data_dir: str, report: Callable[..., None]) -> dict[str, Any]:
@@ -65,6 +70,8 @@ def _fill(record: dict, cell: Cell, workdir: str, data_dir: str, report: Callabl
     record["params"] = param_counts(model.abstract)
     record["loss_name"] = task.loss_name
     record["floors"] = task.floors()
+    if "decode" in cell.measure.modes and not (task.causal and task.per_token):
+        raise UserError(f"measure.modes: 'decode' generates, and {task.name} is not a decoder's task; leave it out, or use e.g. bytes or mqar")
     B = train.batch_size(cell)
     mesh = train.make_mesh(B)
     record["provenance"] = {"data": task.provenance(), "devices_used": mesh.size}
@@ -78,6 +85,7 @@ def _fill(record: dict, cell: Cell, workdir: str, data_dir: str, report: Callabl
     record["metrics"] = {"train_loss": trained.curve["train_loss"][-1] if trained.curve["train_loss"] else None} | trained.scores
     if task.loss_name != "loss":
         record["metrics"] |= {name: v for name, v in task.score(trained.scores["eval_loss"], trained.scores["eval_accuracy"]).items()}
+    record["probes"] = trained.probes
     record["curve"] = trained.curve
     record["statistics"] = model.statistics(trained.state["params"], trained.state["rest"])
     record["compilations"], record["resumed_from"] = trained.compilations, trained.resumed_from
@@ -90,6 +98,10 @@ def _fill(record: dict, cell: Cell, workdir: str, data_dir: str, report: Callabl
     record["attention"] = _plans(bound, cell.seq_len, task)
     record["tokens_per_step"] = B * cell.seq_len
     record["compile"], record["speed"], record["memory"] = _measure(cell, task, model, mesh, trained)
+    if "decode" in cell.measure.modes:
+        record["decode"] = _measure_decode(cell, model, trained)
+        if "forward" in record["speed"]:
+            record["decode"]["refeed_tokens_per_s"] = B / record["speed"]["forward"]["median_s"]
     if "train_step" in record["speed"]:
         record["tokens_per_s"] = record["tokens_per_step"] / record["speed"]["train_step"]["median_s"]
     record["calibration"] = {"matmul_flops_per_s": rates | {"after": measure.matmul_flops_per_s(cell.model.dtype)}}
@@ -100,7 +112,7 @@ def _fill(record: dict, cell: Cell, workdir: str, data_dir: str, report: Callabl
 
 def _plans(model, T: int, task: Task) -> dict[str, Any]:
     """What ran in each layer; `backend` is one name, or those that differ, joined."""
-    plans = [block.mixer.attention.plan(T, T, masked=task.padded) for block in model.blocks]
+    plans = [attention.plan(queries, keys, masked=task.padded) for attention, queries, keys in model.attentions(T)]
     return {"backend": ", ".join(dict.fromkeys(plan["backend"] for plan in plans)), "layers": plans}
 
 
@@ -126,6 +138,37 @@ def _measure(cell: Cell, task: Task, model: train.Model, mesh, trained: train.Tr
 
         speed["train_step"] = measure.time_calls(step, cell.measure)
     return compiled, speed, measure.memory(trained.train_step)
+
+
+def _measure_decode(cell: Cell, model: train.Model, trained: train.Trained) -> dict[str, Any]:
+    """Generation at a context of T: seconds of one step of a batch with the state it has then, the bytes of that state a sequence, and tokens per second.
+
+    Steps run in one compiled loop of `DECODE_STEPS`, each fed the most probable token of the one before, and end at position T.
+    """
+    B, T = train.batch_size(cell), cell.seq_len
+    steps = min(DECODE_STEPS, T)
+    bound = model.bind(trained.state["params"], trained.state["rest"])
+    graph, arrays = nnx.split(bound)
+    sources = {}
+    if bound.source_len:
+        sources = {"source": jnp.zeros((B, bound.source_len), jnp.int32)}
+    fill = lambda cache: jax.tree.map(lambda x: jnp.asarray(T - steps, x.dtype) if x.ndim == 0 else x, cache)  # as if so many had been seen
+    cache = jax.jit(lambda arrays: fill(nnx.merge(graph, arrays).start(B, T, **sources)))(arrays)
+
+    def generate(arrays, tokens_B, cache):
+        model = nnx.merge(graph, arrays)
+
+        def step(state, _):
+            logits_BV, cache = model.step(*state)
+            return (logits_BV.argmax(axis=-1).astype(jnp.int32), cache), None
+
+        return jax.lax.scan(step, (tokens_B, cache), length=steps)[0]
+
+    call, compiled = measure.compile_timed(jax.jit(generate), arrays, jnp.zeros(B, jnp.int32), cache)
+    timed = measure.time_calls(lambda: call(arrays, jnp.zeros(B, jnp.int32), cache), cell.measure)
+    state_bytes = sum(x.nbytes for x in jax.tree.leaves(cache) if x.ndim) / B
+    seconds = {name: timed[name] / steps for name in ("median_s", "p20_s", "p80_s")}
+    return {"step": seconds | {"n": timed["n"]}, "steps": steps, "batch": B, "tokens_per_s": B / seconds["median_s"], "state_bytes": state_bytes, "compile": compiled}
 
 
 def main() -> int:

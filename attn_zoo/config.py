@@ -33,6 +33,10 @@ class Model:
     positions: Literal["learned", "sinusoidal", "sinusoidal_concat", "rotary", "none"] = "learned"
     dropout: float = 0.0  # of embeddings and of both residual branches, as in Vaswani 2017
     tie_embeddings: bool = True
+    share_embeddings: bool = False  # one table for source and target tokens, where an encoder reads a source
+    encoder_layers: int | None = None  # of the encoder before a decoder; None: layers
+    where: tuple[str, ...] = ("encoder", "decoder")  # of an encoder and decoder: where the swept variant stands; elsewhere it is full, or `cross`
+    cross: str = "full"  # the variant of cross-attention, unless `where` has it
     pool: Literal["mean", "first"] = "mean"  # how an encoder's output becomes one vector to classify
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are float32
     remat: bool = False  # recompute each block in the backward pass
@@ -40,12 +44,14 @@ class Model:
     def __post_init__(self):
         for name in ("D", "layers", "N"):
             check_int(name, getattr(self, name), 1)
-        for name in ("K", "H", "F"):
+        for name in ("K", "H", "F", "encoder_layers"):
             check_int(name, getattr(self, name), 1, optional=True)
         check(self.H is not None or self.D % self.N == 0, "D", self.D, f"must be a multiple of N={self.N}, unless H is given")
         check(self.N % (self.K or self.N) == 0, "K", self.K, f"must divide N={self.N}")
         check_number("dropout", self.dropout, 0, 0.99)
         _check_choices(self)
+        for place in self.where:
+            check_choice("where", place, ("encoder", "decoder", "cross"))
         check(self.F is None or self.ffn != "none", "F", self.F, "has no meaning with ffn='none'; leave it None")
         if self.positions == "rotary" and self.head_dim % 2:
             raise UserError(f"H={self.head_dim}: rotary positions turn channels in pairs, so the head dim must be even; nearest: {self.head_dim + 1}")
@@ -68,12 +74,14 @@ class Attention:
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """Optimization: AdamW, linear warm-up, cosine decay, global-norm clipping."""
+    """Optimization: AdamW, linear warm-up, cosine or inverse-square-root decay, global-norm clipping."""
 
     steps: int = 500
     tokens_per_step: int = 16384  # batch = tokens_per_step / seq_len, so every length sees as many tokens
     lr: float = 1e-3
     warmup: int = 50
+    schedule: Literal["cosine", "inverse_sqrt"] = "cosine"  # after warm-up; inverse_sqrt: lr sqrt(warmup / step) (Vaswani et al. 2017, eq. 3)
+    label_smoothing: float = 0.0  # share of the target's probability spread over all outputs, in training alone (Szegedy et al. 2016, sec. 7)
     final_lr: float = 0.1  # of lr, at the last step
     weight_decay: float = 0.1  # on matrices only
     b1: float = 0.9
@@ -93,18 +101,21 @@ class Train:
             check_number(name, getattr(self, name), 0)
         for name in ("final_lr", "b1", "b2"):
             check_number(name, getattr(self, name), 0, 1)
+        check_number("label_smoothing", self.label_smoothing, 0, 0.99)
+        _check_choices(self)
+        check(self.schedule == "cosine" or self.warmup > 0, "warmup", self.warmup, "must be at least 1 with schedule='inverse_sqrt'")
 
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
     """What is timed, and how long."""
 
-    modes: tuple[str, ...] = ("forward", "forward_backward", "train_step")
+    modes: tuple[str, ...] = ("forward", "forward_backward", "train_step")  # and "decode", of a decoder
     warmup: int = 2  # calls before the clock starts
     min_steps: int = 10
     min_seconds: float = 1.0
 
-    MODES: typing.ClassVar = ("forward", "forward_backward", "train_step")
+    MODES: typing.ClassVar = ("forward", "forward_backward", "train_step", "decode")
 
     def __post_init__(self):
         for mode in self.modes:

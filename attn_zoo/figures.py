@@ -27,12 +27,14 @@ LINES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (3, 1, 1, 1, 1,
 
 
 def figures(records: list[dict[str, Any]]) -> dict[str, Figure]:
-    """The figures by name: 'throughput', 'memory', 'loss', 'loss_time'; those whose numbers no cell reached are left out."""
+    """The figures by name: 'throughput', 'memory', 'decode', 'state', 'loss', 'loss_time'; those whose numbers no cell reached are left out."""
     rows = summary.rows(records)
     styles = variant_styles(summary.variants_of(records))
     drawn = {
         "throughput": throughput(rows, styles),
         "memory": memory(rows, styles),
+        "decode": decode(rows, styles),
+        "state": state(rows, styles),
         "loss": loss(rows, styles, LOSS_TITLES[summary.headline(records)]),
         "loss_time": loss_time(records, styles),
     }
@@ -59,6 +61,20 @@ def memory(rows: list[Row], styles: dict) -> Figure | None:
     """Temporary memory of the train step against T, log-log; also of cells that did not fit."""
     points = [(r.variant, r.seq_len, *[r.temp_bytes / 2**20] * 3) for r in rows if r.temp_bytes]
     return _against_length(points, styles, "temporary memory, MiB", log=True)
+
+
+def decode(rows: list[Row], styles: dict) -> Figure | None:
+    """Generated tokens per second at a context of T, log-log, with bars from the 20th to the 80th percentile of the steps."""
+    known = [r for r in rows if r.decode_step_s]
+    rate = lambda r, seconds: r.decode_tokens_per_s * r.decode_step_s / seconds
+    points = [(r.variant, r.seq_len, r.decode_tokens_per_s, rate(r, r.decode_step_s_p80), rate(r, r.decode_step_s_p20)) for r in known]
+    return _against_length(points, styles, "generated tokens / s", log=True)
+
+
+def state(rows: list[Row], styles: dict) -> Figure | None:
+    """What generation keeps of a sequence against T, log-log."""
+    points = [(r.variant, r.seq_len, *[r.state_bytes / 2**10] * 3) for r in rows if r.state_bytes]
+    return _against_length(points, styles, "state of a sequence, KiB", log=True)
 
 
 def loss(rows: list[Row], styles: dict, title: str) -> Figure | None:

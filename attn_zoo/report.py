@@ -24,6 +24,8 @@ from attn_zoo.tables import html, latex, main_table, markdown, readable, scaling
 FIGURES = {
     "throughput": "Tokens per second of the train step against length; bars are the 20th to 80th percentile of the steps.",
     "memory": "Temporary memory of the compiled train step against length.",
+    "decode": "Generated tokens per second at a context of T; bars are the 20th to 80th percentile of the steps.",
+    "state": "What generation keeps of a sequence of T tokens.",
     "loss": "Loss on held-out data against length; bars are the 95 % interval over seeds, dashed lines the task's floors.",
     "loss_time": "Training loss against training time, compilation excluded; running mean over a tenth of the steps of the seeds' mean.",
 }

@@ -33,6 +33,8 @@ class Row:
     loss_interval: float | None = None  # half of the 95 % interval over seeds
     accuracy: float | None = None
     accuracy_interval: float | None = None
+    exact: float | None = None  # share of examples without any mistake, where a task generates something
+    exact_interval: float | None = None
     tokens_per_step: int | None = None
     tokens_per_s: float | None = None
     times_faster: float | None = None  # than the reference at this length: its step time over this one's
@@ -44,6 +46,12 @@ class Row:
     temp_bytes: float | None = None
     useful_flops_per_s: float | None = None
     matmul_fraction: float | None = None  # of the matrix product rate that each process measured
+    decode_tokens_per_s: float | None = None  # generated, at a context of T
+    decode_step_s: float | None = None  # a step of the whole batch: median over seeds, least 20th and greatest 80th percentile
+    decode_step_s_p20: float | None = None
+    decode_step_s_p80: float | None = None
+    refeed_tokens_per_s: float | None = None  # if every token took a forward pass over T instead
+    state_bytes: float | None = None  # of a decoder at that context, a sequence
     disturbed: bool = False
     backend: str = ""
 
@@ -209,6 +217,7 @@ def _row(records: list[dict], reference: list[dict]) -> Row:
     step_s, reference_s = pool(median, *step, "median_s"), pool(median, *step, "median_s", of=[r for r in reference if r["status"] == "ok"])
     loss, loss_interval = mean_interval(_values(ok, "metrics", f"eval_{headline(records)}"))
     accuracy, accuracy_interval = mean_interval(_values(ok, "metrics", "eval_accuracy"))
+    exact, exact_interval = mean_interval(_values(ok, "metrics", "eval_exact") if any("eval_exact" in floor for r in records for floor in (r.get("floors") or {}).values()) else [])
     rates = [(rate, fraction) for r in ok for rate, fraction in [_rate(r)] if rate is not None]
     fractions = [fraction for _, fraction in rates if fraction is not None]
     lower_s, compile_s = (pool(median, "compile", "train_step", part, of=records) for part in ("lower_s", "compile_s"))
@@ -225,6 +234,8 @@ def _row(records: list[dict], reference: list[dict]) -> Row:
         loss_interval=loss_interval,
         accuracy=accuracy,
         accuracy_interval=accuracy_interval,
+        exact=exact,
+        exact_interval=exact_interval,
         tokens_per_step=pool(median, "tokens_per_step"),
         tokens_per_s=pool(median, "tokens_per_s"),
         times_faster=reference_s / step_s if reference_s and step_s else None,
@@ -236,6 +247,12 @@ def _row(records: list[dict], reference: list[dict]) -> Row:
         temp_bytes=pool(max, "memory", "temp_bytes", of=records),
         useful_flops_per_s=median(rate for rate, _ in rates) if rates else None,
         matmul_fraction=median(fractions) if fractions else None,
+        decode_tokens_per_s=pool(median, "decode", "tokens_per_s"),
+        decode_step_s=pool(median, "decode", "step", "median_s"),
+        decode_step_s_p20=pool(min, "decode", "step", "p20_s"),
+        decode_step_s_p80=pool(max, "decode", "step", "p80_s"),
+        refeed_tokens_per_s=pool(median, "decode", "refeed_tokens_per_s"),
+        state_bytes=pool(max, "decode", "state_bytes"),
         disturbed=any(_disturbed(r) for r in ok),
         backend=", ".join(dict.fromkeys(_values(records, "attention", "backend"))),
     )
@@ -266,13 +283,14 @@ def _floors(records: list[dict], T: int) -> list[Row]:
     for name in dict.fromkeys(name for r in at_T for name in r["floors"]):
         loss, _ = mean_interval(_values(at_T, "floors", name, f"eval_{headline(records)}"))
         accuracy, _ = mean_interval(_values(at_T, "floors", name, "eval_accuracy"))
-        result.append(Row(name, T, "floor", loss=loss, accuracy=accuracy))
+        exact, _ = mean_interval(_values(at_T, "floors", name, "eval_exact"))
+        result.append(Row(name, T, "floor", loss=loss, accuracy=accuracy, exact=exact))
     return result
 
 
 def _as_printed(floors: list[Row]) -> tuple:
     digits = lambda x: None if x is None else round(x, DECIMALS)
-    return tuple((floor.variant, digits(floor.loss), digits(floor.accuracy)) for floor in floors)
+    return tuple((floor.variant, digits(floor.loss), digits(floor.accuracy), digits(floor.exact)) for floor in floors)
 
 
 def _curves(shared: list[int], reference: dict[int, Row], own: dict[int, Row]) -> list[tuple[list, list]]:

@@ -39,24 +39,34 @@ def main_table(rows: list[Row], records: list[dict[str, Any]]) -> Table:
         "params": lambda r: number(r.params) + DIFFERS * r.params_differ,
         LOSS_TITLES[loss]: lambda r: with_interval(r.loss, r.loss_interval, summary.DECIMALS),
         "accuracy, %": lambda r: with_interval(_times(r.accuracy, 100), _times(r.accuracy_interval, 100), summary.DECIMALS - 2),
+        "exact match, %": lambda r: with_interval(_times(r.exact, 100), _times(r.exact_interval, 100), summary.DECIMALS - 2),
         "tokens/s": lambda r: number(r.tokens_per_s),
         f"× {REFERENCE}": lambda r: with_interval(r.times_faster, None, 2),
         "step, ms (p20–p80)": lambda r: _step(r) + DISTURBED * r.disturbed,
         "compile, s": lambda r: number(r.compile_s),
         "memory, MiB": lambda r: number(_times(r.temp_bytes, 2**-20)),
+        "decode, tokens/s": lambda r: number(r.decode_tokens_per_s),
+        "re-fed, tokens/s": lambda r: number(r.refeed_tokens_per_s),
+        "state, KiB": lambda r: number(_times(r.state_bytes, 2**-10)),
         unit: lambda r: number(_times(r.useful_flops_per_s, 1 / scale)),
         "of matmul, %": lambda r: number(_times(r.matmul_fraction, 100)),
         "backend": lambda r: r.backend or "–",
         "seeds": lambda r: "" if r.status == "floor" else _seeds(r),
     }
-    if all(row.accuracy is None for row in rows):
-        del columns["accuracy, %"]
+    optional = {"accuracy, %": "accuracy", "exact match, %": "exact", "decode, tokens/s": "decode_tokens_per_s", "re-fed, tokens/s": "refeed_tokens_per_s", "state, KiB": "state_bytes"}
+    for column, field in optional.items():
+        if all(getattr(row, field) is None for row in rows):
+            del columns[column]
     notes = [
         "Loss" + (" and accuracy" if "accuracy, %" in columns else "") + " on held-out data: mean ± 95 % interval over seeds (Student's t). "
         f"Tokens/s, × {REFERENCE} (how many times faster at the same T) and step are of the train step: median of its steps, median over seeds, "
         "with the least 20th and the greatest 80th percentile. Compile is of the train step, tracing included; memory is the temporary "
         f"memory XLA allots it. {unit} counts useful pairs only; of matmul is its share of the matrix product rate measured in the same process."
     ]
+    if "exact match, %" in columns:
+        notes[0] += " Exact match is the share of examples without a mistake in any target."
+    if "decode, tokens/s" in columns:
+        notes[0] += " Decode is generation at a context of T, one token a step for the whole batch; re-fed is what a forward pass over T for every token would give; state is what generation keeps, a sequence."
     body = [[cell(row) for cell in columns.values()] for row in rows]
     caption = f"Attention variants by sequence length T on `{records[0]['cell']['task']}`."
     return Table("attn-zoo", caption, list(columns), body, {"variant", "backend", "seeds"}, notes + _footnotes(rows))

@@ -49,6 +49,8 @@ class Model:
                 max_len=cell.seq_len,
                 causal=task.causal,
                 per_token=task.per_token,
+                source_vocab=task.source_vocab,
+                source_len=task.source_len,
                 rngs=nnx.Rngs(cell.seed),
             )
 
@@ -59,7 +61,7 @@ class Model:
         self.graph, self._params, self._rest = nnx.split(self.abstract, nnx.Param, ...)
         self.drawn = nnx.to_pure_dict(jax.tree.map(lambda x: isinstance(x, Drawn), self._rest, is_leaf=lambda x: isinstance(x, nnx.Variable)))
         # Only such layers make the loop look at parameter values between steps.
-        self.specializes = any(b.mixer.attention.specializes for b in self.abstract.blocks)
+        self.specializes = any(attention.specializes for attention, _, _ in self.abstract.attentions(cell.seq_len))
 
     def init(self) -> tuple[dict, dict]:
         """(params, rest), drawn in one jitted call."""
@@ -82,8 +84,8 @@ class Model:
     def specialize(self, params: dict, rest: dict) -> bool:
         """Renews what layers derive from parameter values (adaptive span's window); True if steps must be compiled again."""
         model = self.bind(params, rest)
-        for block in model.blocks:
-            block.mixer.attention.specialize()
+        for attention, _, _ in model.attentions(model.max_len):
+            attention.specialize()
         graph = nnx.graphdef(model)
         changed, self.graph = graph != self.graph, graph
         return changed
@@ -93,22 +95,38 @@ class Model:
         leaves = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(nnx.state(self.bind(params, rest), Statistic)))[0]
         return {".".join(str(k.key) for k in path): np.asarray(value).tolist() for path, value in leaves}
 
-    def sums(self, params: dict, rest: dict, batch: Batch, key: jax.Array | None, baseline: jax.Array | float = 0.0) -> tuple[dict[str, jax.Array], dict]:
+    def logits(self, model: Transformer, batch: Batch, key: jax.Array | None) -> jax.Array:
+        """What the model makes of a batch."""
+        source = {"source": batch["source"], "source_valid": batch.get("source_valid")} if "source" in batch else {}
+        return model(batch["inputs"], valid_BT=batch["valid"] if self.padded else None, key=key, **source)
+
+    def sums(
+        self, params: dict, rest: dict, batch: Batch, key: jax.Array | None, baseline: jax.Array | float = 0.0, smoothing: float = 0.0
+    ) -> tuple[dict[str, jax.Array], dict]:
         """Over the scored targets of the batch, sums of {entropy (nats), correct, weight}, and of the layers' own terms. And the rest afterwards.
 
-        `own` is the layers' own loss. `score` has a meaning only as a term of the objective beside `entropy`: its gradient is, over examples, the
+        `exact` counts the examples (`examples`) of which every scored target is predicted: greedy generation would write them without a mistake, since up
+        to the first one it has read what teacher forcing reads. `objective` is the entropy with label smoothing, where there is any. `own` is the layers' own loss. `score` has a meaning only as a term of the objective beside `entropy`: its gradient is, over examples, the
         sum of (entropy - baseline a target) d log p(what layers sampled).
         """
         model = self.bind(params, rest)
-        logits = model(batch["inputs"], valid_BT=batch["valid"] if self.padded else None, key=key)
+        logits = self.logits(model, batch, key)
         weights = batch["weights"]
         entropies = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"]) * weights
+        objectives = entropies
+        if smoothing:  # the other share goes to all outputs alike: their mean cross-entropy
+            uniform = jax.nn.logsumexp(logits, axis=-1) - logits.mean(axis=-1)
+            objectives = (1 - smoothing) * entropies + smoothing * uniform * weights
+        correct = logits.argmax(axis=-1) == batch["targets"]
+        scored = per_example(weights) > 0
         _, _, scores, others = nnx.split(model, nnx.Param, ScoreFunction, ...)
-        per_example = lambda x: x.reshape(len(x), -1).sum(axis=1)
         advantages = jax.lax.stop_gradient(per_example(entropies) - baseline * per_example(weights))
         sums = {
             "entropy": entropies.sum(),
-            "correct": ((logits.argmax(axis=-1) == batch["targets"]) * weights).sum(),
+            "objective": objectives.sum(),
+            "correct": (correct * weights).sum(),
+            "exact": (scored & (per_example(~correct & (weights > 0)) == 0)).sum(),
+            "examples": scored.sum(),
             "weight": weights.sum(),
             "own": sum((jnp.sum(x) for x in jax.tree.leaves(nnx.state(model, Loss))), jnp.zeros(())),
             "score": sum(((advantages * log_probs).sum() for log_probs in jax.tree.leaves(scores)), jnp.zeros(())),
@@ -118,6 +136,11 @@ class Model:
         return sums, nnx.to_pure_dict(rest)
 
 
+def per_example(x: jax.Array) -> jax.Array:
+    """The sum over all that belongs to an example, [B]."""
+    return x.reshape(len(x), -1).sum(axis=1)
+
+
 def make_mesh(batch: int) -> Mesh:
     """All local devices in one axis, or as many of them as divide the batch."""
     devices = jax.local_devices()
@@ -125,8 +148,11 @@ def make_mesh(batch: int) -> Mesh:
 
 
 def make_optimizer(train: config.Train) -> optax.GradientTransformation:
-    """AdamW with linear warm-up, cosine decay and clipping; matrices decay, vectors (norms, biases, spans) do not."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, train.lr, train.warmup, max(train.steps, train.warmup + 1), train.lr * train.final_lr)
+    """AdamW with linear warm-up, decay and clipping; matrices decay, vectors (norms, biases, spans) do not."""
+    if train.schedule == "cosine":
+        schedule = optax.warmup_cosine_decay_schedule(0.0, train.lr, train.warmup, max(train.steps, train.warmup + 1), train.lr * train.final_lr)
+    else:
+        schedule = lambda step: train.lr * jnp.minimum((step + 1) / train.warmup, jnp.sqrt(train.warmup / (step + 1)))
     matrices = lambda params: jax.tree.map(lambda x: x.ndim >= 2, params)
     adamw = optax.adamw(schedule, b1=train.b1, b2=train.b2, weight_decay=train.weight_decay, mask=matrices)
     return optax.chain(optax.clip_by_global_norm(train.clip), adamw)
@@ -149,9 +175,9 @@ def make_steps(model: Model, train: config.Train, mesh: Mesh) -> Steps:
         """Metrics over the global batch, gradients of mean cross-entropy plus what the layers add to it, and the rest; on one device's rows."""
 
         def objective(params):
-            sums, after = model.sums(params, rest, batch, key, baseline)
+            sums, after = model.sums(params, rest, batch, key, baseline, train.label_smoothing if key is not None else 0.0)
             weight = jax.lax.psum(sums["weight"], "data")
-            return (sums["entropy"] + sums["score"]) / weight + sums["own"] / devices, (sums, after)
+            return (sums["objective"] + sums["score"]) / weight + sums["own"] / devices, (sums, after)
 
         grads, (sums, after) = jax.grad(objective, has_aux=True)(params)
         sums, grads = jax.lax.psum((sums, grads), "data")
@@ -210,6 +236,7 @@ class Trained:
     state: State
     curve: dict[str, list]
     scores: dict[str, float]
+    probes: dict[str, dict[str, float]]  # the same on each further split of the task
     compile: dict[str, float]  # of the first compilation
     compilations: int
     train_step: Callable  # compiled, as the model is specialized at the end
@@ -268,17 +295,19 @@ def train(cell: config.Cell, task: Task, model: Model, mesh: Mesh, checkpoints: 
             clock = time.perf_counter()
 
     scores = evaluate(steps.forward, state, eval_batches or task.eval_batches(B, c.eval_tokens), split, c.steps)
+    probes = {name: evaluate(steps.forward, state, task.eval_batches(B, c.eval_tokens, name), split, c.steps) for name in task.probes}
     curve["eval_step"].append(c.steps)
     curve["eval_loss"].append(scores["eval_loss"])
-    return Trained(state, curve, scores, compiled, compilations, train_step, resumed_from)
+    return Trained(state, curve, scores, probes, compiled, compilations, train_step, resumed_from)
 
 
 def evaluate(forward: Callable, state: State, batches: list[Batch], sharding: NamedSharding, step: int) -> dict[str, float]:
-    """{'eval_loss' (nats), 'eval_accuracy'} over all scored targets of the batches. Raises Diverged if the loss is not finite."""
-    totals = {"entropy": 0.0, "correct": 0.0, "weight": 0.0}
+    """{'eval_loss' (nats), 'eval_accuracy'} over all scored targets of the batches, and 'eval_exact' over examples. Raises Diverged if the loss is not finite."""
+    totals = dict.fromkeys(("entropy", "correct", "weight", "exact", "examples"), 0.0)
     for batch in batches:
         sums = forward(state["params"], state["rest"], jax.device_put(batch, sharding))
         totals = {name: total + float(sums[name]) for name, total in totals.items()}
     if not math.isfinite(totals["entropy"]):
         raise Diverged(f"evaluation loss is {totals['entropy']} at step {step}")
-    return {"eval_loss": totals["entropy"] / totals["weight"], "eval_accuracy": totals["correct"] / totals["weight"]}
+    per_target = {"eval_loss": totals["entropy"] / totals["weight"], "eval_accuracy": totals["correct"] / totals["weight"]}
+    return per_target | {"eval_exact": totals["exact"] / totals["examples"]}

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from attn_zoo.attention.base import Attention, Loss, Paper, Statistic, Variant, softmax_reference
-from attn_zoo.attention.pattern import dense_mask, pair_flops, pattern_plan
+from attn_zoo.attention.base import Loss, Paper, Statistic, Variant, softmax_reference
+from attn_zoo.attention.pattern import SlotDecoding, dense_mask, pair_flops, pattern_plan
 from attn_zoo.ops import backends
 from attn_zoo.ops.blocked import NEG, ScoreMod
 from attn_zoo.ops.patterns import Band
@@ -58,7 +58,7 @@ def soft_mask(distance, span, ramp):
     return jnp.clip((ramp + span - distance) / ramp, 0.0, 1.0)
 
 
-class AdaptiveSpan(Attention):
+class AdaptiveSpan(SlotDecoding):
     """A learned soft window per head."""
 
     def __init__(self, options: Options, dims, *, shared: dict, rngs: nnx.Rngs):
@@ -69,9 +69,7 @@ class AdaptiveSpan(Attention):
         self.spans = Statistic(jnp.full((dims.num_heads,), options.init, jnp.float32))
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
-        span_N = self.learned_spans()
-        if self.window < self.dims.max_len:  # a span that outgrew the window since `specialize` makes NaN, rather than being cut unnoticed
-            span_N = jnp.where(self.options.ramp + span_N <= self.window + 1, span_N, jnp.nan)
+        span_N = self.computed_spans()
         self.leave("penalty", self.options.penalty * span_N.mean())
         self.leave("spans", jax.lax.stop_gradient(span_N))
         mod = ScoreMod(lambda scores, i, j, span: _add_log_mask(scores, abs(i - j), span, self.options.ramp), span_N)
@@ -87,6 +85,21 @@ class AdaptiveSpan(Attention):
     def learned_spans(self):
         """z of every head, [N], in positions."""
         return self.options.max_span * _clip(self.ratio[...])
+
+    def computed_spans(self):
+        """The same; a span that outgrew the window since `specialize` is NaN, rather than being cut unnoticed."""
+        span_N = self.learned_spans()
+        return span_N if self.window >= self.dims.max_len else jnp.where(self.options.ramp + span_N <= self.window + 1, span_N, jnp.nan)
+
+    def seen(self):
+        return self.pattern()
+
+    def step(self, q_B1NH, k_B1KH, v_B1KH, cache):
+        def bias(j_L):
+            return _add_log_mask(0.0, cache["t"] - j_L, self.computed_spans()[:, None], self.options.ramp)
+
+        o_B1NH, _, cache = self.slot_step(q_B1NH, k_B1KH, v_B1KH, cache, bias=bias)
+        return o_B1NH, cache | {"t": cache["t"] + 1}
 
     def pattern(self):
         """The band that covers the largest span."""
@@ -144,4 +157,6 @@ ADAPTIVE_SPAN = Variant(
     time_order=1.0,
     memory_order=1.0,
     exact_when=lambda T: {"max_span": T, "init": T},
+    decode=True,
+    state_order=0.0,
 )

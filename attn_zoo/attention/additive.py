@@ -17,6 +17,7 @@ from attn_zoo.attention.full import pattern
 from attn_zoo.attention.pattern import dense_mask
 from attn_zoo.ops.additive import additive_attention
 from attn_zoo.ops.patterns import count_pairs
+from attn_zoo.ops.slots import softmax_row
 from attn_zoo.spec import check_int
 
 
@@ -32,6 +33,8 @@ class Options:
 
 class Additive(Attention):
     """A scoring network a head."""
+
+    anywhere = True
 
     def __init__(self, options: Options, dims, *, shared: dict, rngs: nnx.Rngs):
         super().__init__(options, dims)
@@ -62,6 +65,20 @@ class Additive(Attention):
             k_BSNR, v_BSNH = repeat_kv(k_BSKR, N), repeat_kv(v_BSKH, N)
             return jax.lax.map(one_query, (q_BTNR.swapaxes(0, 1), mask_TBS)).swapaxes(0, 1)
 
+    def init_cache(self, B, max_len):
+        """Keys are kept projected."""
+        self.check_decoding(max_len)
+        K, H, R = self.dims.num_kv_heads, self.dims.head_dim, self.weight.shape[-1]
+        return {"k": jnp.zeros((B, max_len, K, R)), "v": jnp.zeros((B, max_len, K, H), self.dims.dtype), "t": jnp.zeros((), jnp.int32)}
+
+    def step(self, q_B1NH, k_B1KH, v_B1KH, cache):
+        t, N = cache["t"], self.dims.num_heads
+        q_B1NR, k_B1KR = self.project(*(x.astype(jnp.float32) for x in (q_B1NH, k_B1KH)))
+        k_BLKR, v_BLKH = (jax.lax.dynamic_update_slice_in_dim(cache[name], x.astype(cache[name].dtype), t, 1) for name, x in (("k", k_B1KR), ("v", v_B1KH)))
+        scores_BNL = jnp.einsum("BLNR,NR->BNL", jnp.tanh(q_B1NR + repeat_kv(k_BLKR, N)), self.weight[...])
+        scores_BNL = jnp.where(jnp.arange(scores_BNL.shape[-1]) <= t, scores_BNL, -jnp.inf)
+        return softmax_row(scores_BNL, v_BLKH, q_B1NH.dtype)[0], {"k": k_BLKR, "v": v_BLKH, "t": t + 1}
+
     def project(self, q_BTNH, k_BSKH):
         """(W q, U k), [B, T, N, R] and [B, S, K, R]."""
         return jnp.einsum("BTNH,NHR->BTNR", q_BTNH, self.query[...]), jnp.einsum("BSKH,KHR->BSKR", k_BSKH, self.key[...])
@@ -90,5 +107,6 @@ ADDITIVE = Variant(
     time_order=2.0,
     memory_order=1.0,
     exact_when=lambda T: None,
+    decode=True,
     bound=Bound("both tend to the mean of the visible values as keys tend to 0; tanh(q + k) is never a product of q and k", scale=0.001, error=0.01),
 )

@@ -9,14 +9,15 @@ import math
 
 import numpy as np
 
-from attn_zoo.attention.base import Attention, Paper, Variant, softmax_reference
+from attn_zoo.attention.base import Paper, Variant, softmax_reference
 from attn_zoo.attention.block_local import pattern as own_block
-from attn_zoo.attention.pattern import pair_flops
+from attn_zoo.attention.pattern import SlotDecoding, pair_flops
 from attn_zoo.attention.strided import column_pattern
 from attn_zoo.ops.blocked import blocked_attention
 from attn_zoo.ops.fold import fold, fold_valid, unfold
 from attn_zoo.ops.merge import merge
-from attn_zoo.ops.patterns import CAUSAL, FULL
+from attn_zoo.ops.patterns import CAUSAL, FULL, Every
+from attn_zoo.ops.slots import Slots
 from attn_zoo.spec import check_choice, check_int
 
 
@@ -37,7 +38,7 @@ def width_of(options: Options, max_len: int) -> int:
     return options.width or round(math.sqrt(max_len))
 
 
-class Axial(Attention):
+class Axial(SlotDecoding):
     """Rows and columns of a grid."""
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
@@ -59,6 +60,19 @@ class Axial(Attention):
         row, column = i // width == j // width, i % width == j % width
         mask = {"both": row | column, "row": row, "column": column}[axis] & ((j <= i) | (not self.dims.causal))
         return softmax_reference(q_BTNH, k_BSKH, v_BSKH, mask if valid_BS is None else mask & valid_BS[:, None, None, :])
+
+    def seen(self):
+        width = width_of(self.options, self.dims.max_len)
+        row, column = own_block(width, self.dims.max_len, False), Every(width)
+        return CAUSAL & {"both": row | column, "row": row, "column": column}[self.options.axis]
+
+    def slots(self):
+        """Every key stays in some query's column, unless there are rows alone."""
+        T, axis = self.dims.max_len, self.options.axis
+        width = width_of(self.options, T)
+        if axis == "row":
+            return Slots(width, width).within(T)
+        return Slots(T, min(-(-T // width) + (width if axis == "both" else 0), T))
 
     def flops(self, B, T, S):
         options = dataclasses.replace(self.options, width=width_of(self.options, self.dims.max_len))  # that of max_len, not of this length
@@ -93,4 +107,5 @@ AXIAL = Variant(
     time_order=1.5,
     memory_order=1.0,
     exact_when=lambda T: {"width": T},
+    decode=True,
 )

@@ -12,15 +12,16 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
-from attn_zoo.attention.base import Attention, Variant, softmax_reference
+from attn_zoo.attention.base import Variant, softmax_reference
 from attn_zoo.attention.block import BLOCK
 from attn_zoo.attention.global_window import pattern
-from attn_zoo.attention.pattern import dense_mask, pair_flops, pattern_plan
+from attn_zoo.attention.pattern import SlotDecoding, dense_mask, pair_flops, pattern_plan
 from attn_zoo.ops.blocked import blocked_attention
 from attn_zoo.ops.draws import draw_distinct
 from attn_zoo.ops.gathered import gathered_attention, listed_mask
 from attn_zoo.ops.merge import merge
-from attn_zoo.ops.patterns import Pattern, count_pairs
+from attn_zoo.ops.patterns import CAUSAL, Pattern, count_pairs
+from attn_zoo.ops.slots import attend_listed, put
 from attn_zoo.spec import check_int
 
 
@@ -55,7 +56,7 @@ def draw(options: Options, T: int, S: int, causal: bool) -> tuple[np.ndarray, np
     return np.where(seen, np.where(number < before[:, None], options.globals + number, after_window), 0).astype(np.int32), seen
 
 
-class BigBird(Attention):
+class BigBird(SlotDecoding):
     """Window, global tokens and random keys."""
 
     def pattern(self) -> Pattern:
@@ -73,6 +74,19 @@ class BigBird(Attention):
         T, S = q_BTNH.shape[1], k_BSKH.shape[1]
         mask = dense_mask(self.pattern(), T, S) | listed_mask(*draw(self.options, T, S, self.dims.causal), S)
         return softmax_reference(q_BTNH, k_BSKH, v_BSKH, mask if valid_BS is None else mask & valid_BS[:, None, None, :])
+
+    def seen(self):
+        """Which any key may be, by a later query's draw."""
+        return CAUSAL
+
+    def step(self, q_B1NH, k_B1KH, v_B1KH, cache):
+        t, T = cache["t"], self.dims.max_len
+        cache = put(k_B1KH, v_B1KH, cache, self.slots().within(cache["k"].shape[1]))
+        index, seen = (jnp.asarray(x)[t] for x in draw(self.options, T, T, True))
+        window, first = t - jnp.arange(self.options.window + 1), jnp.arange(min(self.options.globals, T))
+        in_window = window >= 0
+        all_seen = jnp.concatenate([in_window, first < t - self.options.window, seen])  # a global key in the window is there already
+        return attend_listed(q_B1NH, cache, jnp.concatenate([jnp.maximum(window, 0), first, index]), all_seen)[0], cache | {"t": t + 1}
 
     def plan(self, T, S, masked=False):
         useful = pairs(self.options, T, S, self.dims.causal)
@@ -96,4 +110,5 @@ BIGBIRD = Variant(
     time_order=1.0,
     memory_order=1.0,
     exact_when=lambda T: {"window": 4, "globals": 2, "random": T},  # all three parts at work
+    decode=True,
 )

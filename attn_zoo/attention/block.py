@@ -79,4 +79,5 @@ BLOCK = Variant(
     time_order=1.0,
     memory_order=1.0,
     exact_when=lambda T: {"block": 16, "window_blocks": -(-T // 16), "global_blocks": 0, "random_blocks": 0},
+    decode=True,
 )

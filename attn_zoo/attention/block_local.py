@@ -54,4 +54,6 @@ BLOCK_LOCAL = Variant(
     time_order=1.0,
     memory_order=1.0,
     exact_when=lambda T: {"block": T},
+    decode=True,
+    state_order=0.0,
 )

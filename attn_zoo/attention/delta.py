@@ -16,6 +16,7 @@ from flax import nnx
 from attn_zoo.attention.base import Attention, Bound, Paper, Variant, repeat_kv
 from attn_zoo.attention.linear import dpfp, elu
 from attn_zoo.ops.delta import delta_rule
+from attn_zoo.ops.linear import init_state, state_step
 from attn_zoo.spec import check, check_choice, check_int
 
 
@@ -47,6 +48,17 @@ class Delta(Attention):
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         q, k, v, beta = self.inputs(q_BTNH, k_BSKH, v_BSKH, valid_BS)
         return self.directions(delta_rule_reference, q, *(repeat_kv(x, self.dims.num_heads) for x in (k, v, beta)))
+
+    def init_cache(self, B, max_len):
+        self.check_decoding(max_len)
+        d = self.dims
+        return init_state(B, d.num_kv_heads, self.features(jnp.zeros((1, 1, 1, d.head_dim))).shape[-1], d.head_dim)
+
+    def step(self, q_B1NH, k_B1KH, v_B1KH, cache):
+        phi_q, phi_k, v_B1KH, beta_B1K = self.inputs(q_B1NH, k_B1KH, v_B1KH, None)
+        read_B1KH = jnp.einsum("BTKR,BKRH->BTKH", phi_k, cache["state"])
+        o_B1NH, state = state_step(phi_q, phi_k, beta_B1K[..., None] * (v_B1KH - read_B1KH), cache["state"])
+        return o_B1NH.astype(q_B1NH.dtype), {"state": state, "t": cache["t"] + 1}
 
     def directions(self, rule, *inputs):
         """Read forwards, and backwards too if not causal."""
@@ -107,6 +119,8 @@ DELTA = Variant(
     time_order=1.0,
     memory_order=1.0,
     exact_when=lambda T: None,
+    decode=True,
+    state_order=0.0,
     bound=Bound(
         # Measured 2.24, causal, at a first position, where full attention gives one value and the memory is almost empty; outputs of zero, with
         # their sign turned, moved by one position or swapped between the two heads are at 2.32 or more.

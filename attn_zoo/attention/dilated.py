@@ -7,12 +7,13 @@ import dataclasses
 
 import numpy as np
 
-from attn_zoo.attention.base import Attention, Variant, softmax_reference
+from attn_zoo.attention.base import Variant, softmax_reference
 from attn_zoo.attention.local import LOCAL
-from attn_zoo.attention.pattern import pair_flops
+from attn_zoo.attention.pattern import SlotDecoding, pair_flops
 from attn_zoo.ops.blocked import blocked_attention
 from attn_zoo.ops.fold import fold, fold_valid, unfold
-from attn_zoo.ops.patterns import Band
+from attn_zoo.ops.patterns import Band, Every
+from attn_zoo.ops.slots import Slots
 from attn_zoo.spec import check_int
 
 
@@ -28,7 +29,7 @@ class Options:
         check_int("dilation", self.dilation, 1)
 
 
-class Dilated(Attention):
+class Dilated(SlotDecoding):
     """A sliding window with gaps."""
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
@@ -43,6 +44,13 @@ class Dilated(Attention):
         d, w = self.options.dilation, self.options.window
         mask = (abs(i - j) <= w * d) & ((i - j) % d == 0) & ((j <= i) | (not self.dims.causal))
         return softmax_reference(q_BTNH, k_BSKH, v_BSKH, mask if valid_BS is None else mask & valid_BS[:, None, None, :])
+
+    def seen(self):
+        return Band(self.options.window * self.options.dilation, 0) & Every(self.options.dilation)
+
+    def slots(self):
+        """A ring as long as the window with its gaps."""
+        return Slots(self.options.window * self.options.dilation + 1, self.options.window + 1).within(self.dims.max_len)
 
 
 def flops(options: Options, B: int, T: int, S: int, N: int, H: int, causal: bool) -> float:
@@ -64,4 +72,6 @@ DILATED = Variant(
     time_order=1.0,
     memory_order=1.0,
     exact_when=lambda T: {"window": T, "dilation": 1},
+    decode=True,
+    state_order=0.0,
 )

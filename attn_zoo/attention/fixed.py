@@ -9,13 +9,14 @@ import math
 
 import numpy as np
 
-from attn_zoo.attention.base import Attention, Variant, softmax_reference
+from attn_zoo.attention.base import Variant, softmax_reference
 from attn_zoo.attention.block_local import pattern as own_block
-from attn_zoo.attention.pattern import pair_flops
+from attn_zoo.attention.pattern import SlotDecoding, pair_flops
 from attn_zoo.attention.strided import STRIDED
 from attn_zoo.ops.blocked import blocked_attention
 from attn_zoo.ops.merge import merge
-from attn_zoo.ops.patterns import Pattern
+from attn_zoo.ops.patterns import CAUSAL, Pattern
+from attn_zoo.ops.slots import Slots
 from attn_zoo.spec import check, check_int
 
 
@@ -61,7 +62,18 @@ class OtherBlocks(Pattern):
         return True
 
 
-class Fixed(Attention):
+@dataclasses.dataclass(frozen=True)
+class Summaries(Pattern):
+    """Keys at the last `summary` positions of blocks of `stride`."""
+
+    stride: int
+    summary: int
+
+    def mask(self, i, j):
+        return (j % self.stride >= self.stride - self.summary) & (i == i)
+
+
+class Fixed(SlotDecoding):
     """Own block, and summaries of the others."""
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
@@ -80,6 +92,19 @@ class Fixed(Attention):
         stride, summary = sizes(self.options, self.dims.max_len)
         mask = ((i // stride == j // stride) | (j % stride >= stride - summary)) & ((j <= i) | (not self.dims.causal))
         return softmax_reference(q_BTNH, k_BSKH, v_BSKH, mask if valid_BS is None else mask & valid_BS[:, None, None, :])
+
+    def seen(self):
+        stride, summary = sizes(self.options, self.dims.max_len)
+        return CAUSAL & (own_block(stride, self.dims.max_len, False) | Summaries(stride, summary))
+
+    def slots(self):
+        """Slots of their own for the summaries of all blocks, and others that every block uses anew."""
+        stride, summary = sizes(self.options, self.dims.max_len)
+        block, place = np.divmod(np.arange(self.dims.max_len), stride)
+        shared = summary * (int(block[-1]) + 1)
+        of = np.where(place >= stride - summary, summary * block + place - (stride - summary), shared + place)
+        count = shared + min(stride - summary, self.dims.max_len)
+        return Slots(count, count, tuple(of.tolist()))
 
     def flops(self, B, T, S):
         options = Options(*sizes(self.options, self.dims.max_len))  # that of max_len, not of this length
@@ -109,4 +134,6 @@ FIXED = Variant(
     time_order=1.5,
     memory_order=1.0,
     exact_when=lambda T: {"stride": T},
+    decode=True,
+    state_order=0.5,
 )

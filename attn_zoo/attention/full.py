@@ -44,4 +44,5 @@ FULL_VARIANT = Variant(
     time_order=2.0,
     memory_order=1.0,
     exact_when=lambda T: {},
+    decode=True,
 )

@@ -16,6 +16,7 @@ from attn_zoo.attention.local import LOCAL
 from attn_zoo.attention.pattern import PatternAttention, dense_mask, pair_flops
 from attn_zoo.ops import backends
 from attn_zoo.ops.patterns import CAUSAL, FULL, Band, Pattern, Prefix, count_pairs
+from attn_zoo.ops.slots import score_row, softmax_row
 from attn_zoo.spec import check, check_int
 
 
@@ -67,6 +68,17 @@ class GlobalWindow(PatternAttention):
         g_BTNH = softmax_reference(q, k, v, dense_mask(self.global_pattern, q.shape[1], k.shape[1], valid_BS))
         return jnp.concatenate([g_BTNH, o_BTNH[:, self.options.globals :]], axis=1)
 
+    def step(self, q_B1NH, k_B1KH, v_B1KH, cache):
+        o_B1NH, _, cache = self.slot_step(q_B1NH, k_B1KH, v_B1KH, cache)
+        t = cache["t"]
+        if self.separate:
+            # Global keys are the first and never leave: they stand in the first slots, in order.
+            first = {name: cache[name][:, : self.options.globals] for name in ("k", "v")}
+            q, k, v = self.mapped(q_B1NH, first["k"], first["v"])
+            scores = jnp.where(jnp.arange(k.shape[1]) <= t, score_row(q, k), -jnp.inf)
+            o_B1NH = jnp.where(t < self.options.globals, softmax_row(scores, v, o_B1NH.dtype)[0], o_B1NH)
+        return o_B1NH, cache | {"t": t + 1}
+
     @property
     def global_pattern(self) -> Pattern:
         """What a global query sees."""
@@ -95,4 +107,6 @@ GLOBAL_WINDOW = Variant(
     time_order=1.0,
     memory_order=1.0,
     exact_when=lambda T: {"window": T},
+    decode=True,
+    state_order=0.0,
 )

@@ -21,11 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attn_zoo.attention.base import Attention, Bound, Loss, Paper, ScoreFunction, Statistic, Variant, repeat_kv
+from attn_zoo.attention.base import Bound, Loss, Paper, ScoreFunction, Statistic, Variant, repeat_kv
 from attn_zoo.attention.full import pattern
-from attn_zoo.attention.pattern import dense_mask
+from attn_zoo.attention.pattern import SlotDecoding, dense_mask
 from attn_zoo.ops.blocked import NEG, TILE_BYTES, ScoreMod, blocked_attention
-from attn_zoo.ops.patterns import count_pairs
+from attn_zoo.ops.patterns import CAUSAL, count_pairs
+from attn_zoo.ops.slots import put, score_row
 from attn_zoo.spec import check, check_choice, check_number
 
 KEY_BLOCK = 128
@@ -122,10 +123,12 @@ def pick(x_BSKH, index_BNT):
     return jnp.where(index_BNT[..., None] >= 0, o_BNTH, 0).swapaxes(1, 2)
 
 
-class Hard(Attention):
+class Hard(SlotDecoding):
     """One sampled key a query and head."""
 
     pools_queries = True  # not an output, but the log-probability that is left: what stands in padding must not enter it
+    rowwise = True
+    anywhere = True
 
     def __init__(self, options: Options, dims):
         super().__init__(options, dims)
@@ -171,6 +174,16 @@ class Hard(Attention):
         elif key is not None:
             weights_BNTS = jnp.where(self.takes_average(expected_key, B)[:, None, None, None], softmax(scores_BNTS), weights_BNTS)
         return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, repeat_kv(v_BSKH, N), precision="highest")
+
+    def seen(self):
+        return CAUSAL
+
+    def step(self, q_B1NH, k_B1KH, v_B1KH, cache):
+        L, t = cache["k"].shape[1], cache["t"]
+        cache = put(k_B1KH, v_B1KH, cache, self.slots().within(L))
+        scores_BNL = score_row(q_B1NH.astype(jnp.float32), cache["k"].astype(jnp.float32), precision="highest")
+        index_BN1 = jnp.where(jnp.arange(L) <= t, scores_BNL, NEG).argmax(axis=-1, keepdims=True)
+        return pick(cache["v"], index_BN1).astype(q_B1NH.dtype), cache | {"t": t + 1}
 
     def choose(self, q_BTNH, k_BSKH, valid_BS, seeds_BN2):
         """The position that each query and head looks at, [B, N, T]: a draw from the softmax where there are seeds (Gumbel 1954), else its mode."""
@@ -225,5 +238,6 @@ HARD = Variant(
     time_order=2.0,
     memory_order=1.0,
     exact_when=lambda T: None,
+    decode=True,
     bound=Bound("one key is never an average, but as keys grow the softmax too takes the largest score alone", scale=1e5, error=1e-3),
 )

@@ -155,4 +155,6 @@ INFORMER = Variant(
     time_order=1.0,
     memory_order=1.0,
     exact_when=lambda T: {"factor": T},
+    decode="which queries are active is decided over the whole sequence",
+    foresight="which queries are active is decided among all of the sequence",
 )

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from attn_zoo.attention.base import Attention, Bound, Paper, Variant, repeat_kv
-from attn_zoo.ops.linear import linear_attention
+from attn_zoo.ops.linear import init_state, linear_attention, state_step, with_ones
 from attn_zoo.spec import check, check_choice, check_int
 
 
@@ -31,9 +31,9 @@ def dpfp(x, nu: int = 1):
     return jnp.concatenate([r * jnp.roll(r, shift, axis=-1) for shift in range(1, nu + 1)], axis=-1)
 
 
-def cosformer(x_BTNH, M: int):
-    """[B, T, N, 2 H], float32: relu(x) times the cosine and times the sine of pi / 2 t / M. cos(a - b) = cos a cos b + sin a sin b makes the rest."""
-    angle_T11 = jnp.pi / 2 * jnp.arange(x_BTNH.shape[1], dtype=jnp.float32)[:, None, None] / M
+def cosformer(x_BTNH, M: int, start=0):
+    """[B, T, N, 2 H], float32, of positions from `start` on: relu(x) times the cosine and times the sine of pi / 2 t / M. cos(a - b) = cos a cos b + sin a sin b makes the rest."""
+    angle_T11 = jnp.pi / 2 * (start + jnp.arange(x_BTNH.shape[1], dtype=jnp.float32))[:, None, None] / M
     x = jax.nn.relu(x_BTNH)
     return jnp.concatenate([x * jnp.cos(angle_T11), x * jnp.sin(angle_T11)], axis=-1)
 
@@ -54,13 +54,41 @@ class Options:
         check(self.nu == 1 or self.feature_map == "dpfp", "nu", self.nu, f"belongs to feature_map='dpfp', not to {self.feature_map!r}")
 
 
-class Linear(Attention):
+class KernelDecoding(Attention):
+    """Generation for kernel attention: the state is sum_j phi(k_j) [v_j, 1]', of one size whatever the length. Katharopoulos et al. 2020, sec. 3.4."""
+
+    def features_at(self, q_B1NH, k_B1KH, t):
+        """(phi(q), phi(k)) of position t."""
+        raise NotImplementedError
+
+    def init_cache(self, B, max_len):
+        self.check_decoding(max_len)
+        d = self.dims
+        features = jax.eval_shape(lambda: self.features_at(jnp.zeros((B, 1, d.num_heads, d.head_dim)), jnp.zeros((B, 1, d.num_kv_heads, d.head_dim)), 0))
+        return init_state(B, d.num_kv_heads, features[1].shape[-1], d.head_dim + 1)
+
+    def step(self, q_B1NH, k_B1KH, v_B1KH, cache):
+        phi_q, phi_k = self.features_at(q_B1NH, k_B1KH, cache["t"])
+        sums_B1NR, state = state_step(phi_q, phi_k, with_ones(v_B1KH), cache["state"])
+        o_B1NH, norm_B1N1 = sums_B1NR[..., :-1], sums_B1NR[..., -1:]
+        o_B1NH = jnp.where(norm_B1N1 == 0, 0.0, o_B1NH / jnp.where(norm_B1N1 == 0, 1.0, norm_B1N1))
+        return o_B1NH.astype(q_B1NH.dtype), {"state": state, "t": cache["t"] + 1}
+
+
+class Linear(KernelDecoding):
     """Kernel attention with a fixed feature map."""
 
-    def features(self, q_BTNH, k_BSKH, valid_BS):
-        """(phi(q), phi(k)), with zeros for invalid keys."""
+    @property
+    def anywhere(self):
+        return self.options.feature_map != "cosformer"
+
+    def features_at(self, q_B1NH, k_B1KH, t):
+        return self.features(q_B1NH, k_B1KH, None, t)
+
+    def features(self, q_BTNH, k_BSKH, valid_BS, start=0):
+        """(phi(q), phi(k)) of positions from `start` on, with zeros for invalid keys."""
         name = self.options.feature_map
-        arguments = {"dpfp": {"nu": self.options.nu}, "cosformer": {"M": self.dims.max_len}}.get(name, {})
+        arguments = {"dpfp": {"nu": self.options.nu}, "cosformer": {"M": self.dims.max_len, "start": start}}.get(name, {})
         phi = functools.partial(FEATURE_MAPS[name], **arguments)
         phi_k = phi(k_BSKH)
         return phi(q_BTNH), phi_k if valid_BS is None else jnp.where(valid_BS[:, :, None, None], phi_k, 0)
@@ -115,5 +143,7 @@ LINEAR = Variant(
     time_order=1.0,
     memory_order=1.0,
     exact_when=lambda T: None,
+    decode=True,
+    state_order=0.0,
     bound=Bound("both tend to the mean of the visible values as keys tend to 0", scale=0.01, error=0.05),
 )

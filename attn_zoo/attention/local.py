@@ -51,4 +51,6 @@ LOCAL = Variant(
     time_order=1.0,
     memory_order=1.0,
     exact_when=lambda T: {"window": T},
+    decode=True,
+    state_order=0.0,
 )

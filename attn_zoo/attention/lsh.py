@@ -208,5 +208,7 @@ LSH = Variant(
     time_order=1.0,
     memory_order=1.0,
     exact_when=lambda T: {"num_hashes": 1, "bucket_size": T, "normalize_keys": False, "attend_self": True},
+    decode="buckets are sorted anew whenever a position is added",
+    foresight="how a bucket is cut into chunks, and how many there are, follows from all positions",
     cross="it sorts one sequence whose queries are its keys, so it cannot attend to another",
 )

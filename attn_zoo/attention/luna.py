@@ -22,6 +22,7 @@ from attn_zoo.attention.base import Attention, Bound, Paper, Variant, repeat_kv,
 from attn_zoo.attention.linear import FEATURE_MAPS
 from attn_zoo.ops.blocked import blocked_attention
 from attn_zoo.ops.decayed import decayed_attention
+from attn_zoo.ops.linear import state_step
 from attn_zoo.ops.patterns import FULL
 from attn_zoo.spec import check_int
 
@@ -72,6 +73,8 @@ def seen_count(shape: tuple[int, int], T: int, valid_BS):
 class Luna(Attention):
     """Pack, then unpack."""
 
+    anywhere = True
+
     def __init__(self, options: Options, dims, *, shared: dict, rngs: nnx.Rngs):
         super().__init__(options, dims)
         # N(0, 1), the scale of a projected query.
@@ -97,6 +100,21 @@ class Luna(Attention):
             return jnp.einsum("BTS,BTNR,BSNR,BSNH->BTNH", share_BTS, jax.nn.softmax(scores_BTNR), a_BSNR, v_BSNH)
 
 
+    def init_cache(self, B, max_len):
+        """The two sums of the causal form: of keys by slot, and of slots by value."""
+        self.check_decoding(max_len)
+        K, H, R = self.dims.num_kv_heads, self.dims.head_dim, self.options.memory
+        return {"packed": jnp.zeros((B, K, H, R)), "values": jnp.zeros((B, K, R, H)), "t": jnp.zeros((), jnp.int32)}
+
+    def step(self, q_B1NH, k_B1KH, v_B1KH, cache):
+        t = cache["t"] + 1
+        a_B1KR = pack_weights(k_B1KH, self.packing[...], None)
+        scores_B1NR, packed = state_step(q_B1NH, k_B1KH, a_B1KR, cache["packed"])
+        weights_B1NR = jax.nn.softmax(scores_B1NR / t * self.dims.head_dim**-0.5)
+        o_B1NH, values = state_step(weights_B1NR, a_B1KR, v_B1KH, cache["values"])
+        return (o_B1NH / t).astype(q_B1NH.dtype), {"packed": packed, "values": values, "t": t}
+
+
 def flops(options: Options, B: int, T: int, S: int, N: int, H: int, causal: bool) -> float:
     """Scores, packed keys and packed values of every position; scores and weighted sum of every query. The same for both forms."""
     return 2.0 * B * N * H * options.memory * (3 * S + 2 * T)
@@ -119,5 +137,7 @@ LUNA = Variant(
     time_order=1.0,
     memory_order=1.0,
     exact_when=lambda T: None,
+    decode=True,
+    state_order=0.0,
     bound=Bound("packed values and full attention both tend to the mean of the visible values as keys tend to 0", scale=0.01, error=0.05),
 )

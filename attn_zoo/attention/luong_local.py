@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from attn_zoo.attention.base import Attention, Paper, Variant, repeat_kv, softmax_reference
-from attn_zoo.attention.pattern import dense_mask, pair_flops, pattern_plan
+from attn_zoo.attention.base import Paper, Variant, repeat_kv, softmax_reference
+from attn_zoo.attention.pattern import SlotDecoding, dense_mask, pair_flops, pattern_plan
 from attn_zoo.ops import backends
 from attn_zoo.ops.gathered import gathered_attention
-from attn_zoo.ops.patterns import Band, Pattern, count_pairs
+from attn_zoo.ops.patterns import CAUSAL, Band, Pattern, count_pairs
+from attn_zoo.ops.slots import put
 from attn_zoo.spec import check_choice, check_int
 
 
@@ -45,7 +46,7 @@ def pattern(options: Options, causal: bool) -> Pattern:
     return Band(options.window, 0 if causal else options.window)
 
 
-class LuongLocal(Attention):
+class LuongLocal(SlotDecoding):
     """A window around a predicted place, or around the query's own."""
 
     def __init__(self, options: Options, dims, *, shared: dict, rngs: nnx.Rngs):
@@ -86,9 +87,37 @@ class LuongLocal(Attention):
         """p_t of every head, [B, N, T], real numbers between 0 and the keys seen. Eq. 9."""
         length_B1 = jnp.full((1, 1), S) if valid_BS is None else jnp.max(jnp.where(valid_BS, jnp.arange(1, S + 1), 0), axis=1, keepdims=True)
         seen_BT = jnp.minimum(length_B1, jnp.arange(1, q_BTNH.shape[1] + 1)) if self.dims.causal else length_B1
+        return seen_BT[:, None] * self.shares(q_BTNH)
+
+    def shares(self, q_BTNH):
+        """sigmoid(v_p' tanh(W_p q_t)) of every head, [B, N, T]: where in the keys its place is."""
         q_BTNH = q_BTNH.astype(jnp.promote_types(q_BTNH.dtype, jnp.float32))
         hidden_BNTR = jnp.tanh(jnp.einsum("BTNH,NHR->BNTR", q_BTNH, self.place_hidden[...], precision="highest"))
-        return seen_BT[:, None] * jax.nn.sigmoid(jnp.einsum("BNTR,NR->BNT", hidden_BNTR, self.place_weight[...], precision="highest"))
+        return jax.nn.sigmoid(jnp.einsum("BNTR,NR->BNT", hidden_BNTR, self.place_weight[...], precision="highest"))
+
+    @property
+    def anywhere(self):
+        return self.options.align == "predictive"
+
+    def seen(self):
+        return CAUSAL if self.options.align == "predictive" else self.pattern()
+
+    def step(self, q_B1NH, k_B1KH, v_B1KH, cache):
+        if self.options.align == "monotonic":
+            o_B1NH, _, cache = self.slot_step(q_B1NH, k_B1KH, v_B1KH, cache, scale=self.scale())
+            return o_B1NH, cache | {"t": cache["t"] + 1}
+        t, L = cache["t"], cache["k"].shape[1]
+        cache = put(k_B1KH, v_B1KH, cache, self.slots().within(L))
+        place_BN11 = (t + 1) * self.shares(q_B1NH)[..., None]
+        R = min(2 * self.options.window + 1, L)
+        index_BN1R = jnp.clip(jnp.ceil(place_BN11).astype(jnp.int32) - self.options.window, 0, L - R) + jnp.arange(R)
+        # Of the whole cache, a head reads its window alone.
+        row_B, head_N = jnp.arange(len(q_B1NH)), jnp.arange(self.dims.num_heads) // (self.dims.num_heads // self.dims.num_kv_heads)
+        k_BRNH, v_BRNH = (cache[name][row_B[:, None, None], index_BN1R[:, :, 0], head_N[:, None]].swapaxes(1, 2) for name in ("k", "v"))
+        window_BN1R = jnp.broadcast_to(jnp.arange(R), index_BN1R.shape)
+        seen_BN1R, factor_BN1R = self.near(index_BN1R, place_BN11, t), self.gaussian(index_BN1R, place_BN11)
+        o_B1NH, _ = gathered_attention(q_B1NH, k_BRNH, v_BRNH, window_BN1R, seen_BN1R, scale=self.scale(), factor_TR=factor_BN1R)
+        return o_B1NH, cache | {"t": t + 1}
 
     def near(self, s, place, t):
         """Whether key s is in the window around `place`, and not after query t when causal."""
@@ -141,4 +170,5 @@ LUONG_LOCAL = Variant(
     time_order=1.0,
     memory_order=1.0,
     exact_when=lambda T: {"align": "monotonic", "window": T},
+    decode=True,
 )

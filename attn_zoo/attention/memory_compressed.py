@@ -22,6 +22,7 @@ from attn_zoo.attention.base import Attention, Paper, Variant, softmax_reference
 from attn_zoo.attention.pattern import dense_mask, pair_flops, pattern_plan
 from attn_zoo.ops import backends
 from attn_zoo.ops.patterns import FULL, Pattern, count_pairs
+from attn_zoo.ops.slots import score_row, softmax_row
 from attn_zoo.spec import check, check_choice, check_int
 
 
@@ -127,6 +128,27 @@ class MemoryCompressed(Attention):
         k_BCKH, v_BCKH, valid_BC = self.with_first(k_BSKH, v_BSKH, valid_BS, k_BCKH, v_BCKH)
         return softmax_reference(q_BTNH, k_BCKH, v_BCKH, dense_mask(self.pattern(), q_BTNH.shape[1], k_BCKH.shape[1], valid_BC))
 
+    def init_cache(self, B, max_len):
+        """The slots so far (one more takes what is none), position 0 where it is kept, and the last `kernel` keys and values as they are."""
+        self.check_decoding(max_len)
+        K, H, kernel = self.dims.num_kv_heads, self.dims.head_dim, self.options.kernel
+        C = num_slots(self.options, max_len) + self.keeps_first
+        zeros = lambda n: jnp.zeros((B, n, K, H), self.dims.dtype)
+        return {"t": jnp.zeros((), jnp.int32), "k": zeros(C + 1), "v": zeros(C + 1), "last_k": zeros(kernel), "last_v": zeros(kernel)}
+
+    def step(self, q_B1NH, k_B1KH, v_B1KH, cache):
+        t, C, o = cache["t"], cache["k"].shape[1] - 1, self.options
+        started = t - (o.kernel - 1)  # where the slot begins that ends here, if one does
+        ends = (started >= 0) & (started % o.stride == 0)
+        new = {"t": t + 1}
+        for name, x, weights in (("k", k_B1KH, self.key_kernel), ("v", v_B1KH, self.value_kernel)):
+            new[f"last_{name}"] = jnp.concatenate([cache[f"last_{name}"][:, 1:], x.astype(self.dims.dtype)], axis=1)
+            slot_B1KH = compress(new[f"last_{name}"], weights[...], o)
+            slots = jax.lax.dynamic_update_slice_in_dim(cache[name], slot_B1KH, jnp.where(ends, started // o.stride + self.keeps_first, C), 1)
+            new[name] = jnp.where(t == 0, slots.at[:, :1].set(x.astype(slots.dtype)), slots) if self.keeps_first else slots
+        seen_L = self.pattern().mask(t, jnp.arange(C + 1)) & (jnp.arange(C + 1) < C)
+        return softmax_row(jnp.where(seen_L, score_row(q_B1NH, new["k"]), -jnp.inf), new["v"], q_B1NH.dtype)[0], new
+
     def with_first(self, k_BSKH, v_BSKH, valid_BS, k_BCKH, v_BCKH):
         """(keys, values, validity or None) of the slots, behind position 0 itself where that is kept."""
         valid_BC = None if valid_BS is None else compress_valid(valid_BS, self.options)
@@ -176,4 +198,5 @@ MEMORY_COMPRESSED = Variant(
     time_order=2.0,
     memory_order=1.0,
     exact_when=lambda T: {"stride": 1, "kernel": 1, "first": False, "init": "mean"},
+    decode=True,
 )

@@ -63,6 +63,14 @@ class Mix(Attention):
         self.shares_query_key = sharing.pop()
         self.pools_queries = any(part.pools_queries for part in self.parts)
 
+    @property
+    def rowwise(self):
+        return all(part.rowwise for part in self.parts)
+
+    @property
+    def anywhere(self):
+        return all(part.anywhere for part in self.parts)
+
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key, valid_BT=None):
         return self._each(lambda part: part, q_BTNH, k_BSKH, v_BSKH, valid_BS, valid_BT, key)
 
@@ -70,13 +78,29 @@ class Mix(Attention):
         return self._each(lambda part: part.reference, q_BTNH, k_BSKH, v_BSKH, valid_BS, valid_BT, key)
 
     def _each(self, form, q_BTNH, k_BSKH, v_BSKH, valid_BS, valid_BT, key):
-        G = self.dims.num_heads // self.dims.num_kv_heads
         keys = [None] * len(self.parts) if key is None else jax.random.split(key, len(self.parts))
-        outputs = []
-        for part, (start, end), grouped, part_key in zip(self.parts, self.bounds, self.grouped, keys):
-            take = lambda x: x[:, :, start // G : end // G] if grouped else repeat_kv(x, self.dims.num_heads)[:, :, start:end]
-            outputs.append(form(part)(q_BTNH[:, :, start:end], take(k_BSKH), take(v_BSKH), valid_BS=valid_BS, valid_BT=valid_BT, key=part_key))
+        divided = self.divided(q_BTNH, k_BSKH, v_BSKH)
+        outputs = [form(part)(*qkv, valid_BS=valid_BS, valid_BT=valid_BT, key=part_key) for part, qkv, part_key in zip(self.parts, divided, keys)]
         return jnp.concatenate(outputs, axis=2)
+
+    def divided(self, q_BTNH, k_BSKH, v_BSKH):
+        """(queries, keys, values) of each part's heads."""
+        G = self.dims.num_heads // self.dims.num_kv_heads
+        for (start, end), grouped in zip(self.bounds, self.grouped):
+            take = lambda x: x[:, :, start // G : end // G] if grouped else repeat_kv(x, self.dims.num_heads)[:, :, start:end]
+            yield q_BTNH[:, :, start:end], take(k_BSKH), take(v_BSKH)
+
+    def init_cache(self, B, max_len):
+        """Those of the parts."""
+        self.check_decoding(max_len)
+        return {str(n): part.init_cache(B, max_len) for n, part in enumerate(self.parts)} | {"t": jnp.zeros((), jnp.int32)}
+
+    def step(self, q_B1NH, k_B1KH, v_B1KH, cache):
+        outputs, new = [], {"t": cache["t"] + 1}
+        for n, (q, k, v) in enumerate(self.divided(q_B1NH, k_B1KH, v_B1KH)):
+            o, new[str(n)] = self.parts[n].step(q, k, v, cache[str(n)])
+            outputs.append(o)
+        return jnp.concatenate(outputs, axis=2), new
 
     def flops(self, B, T, S):
         return sum(part.flops(B, T, S) for part in self.parts)
@@ -121,4 +145,5 @@ MIX = Variant(
     time_order=2.0,
     memory_order=1.0,
     exact_when=lambda T: {"parts": (Part(Spec("local", (("window", T),))), Part(Spec("full")))},
+    decode=True,
 )

@@ -1,7 +1,5 @@
 """The common form of the variants that are a Pattern: softmax attention over the pairs that a function of indices shows."""
 
-import dataclasses
-
 import numpy as np
 
 from attn_zoo.attention.base import Attention, softmax_reference
@@ -14,28 +12,27 @@ from attn_zoo.ops.slots import Slots, attend_slots, init_slots, plan_slots, put
 class SlotDecoding(Attention):
     """Generation for what is softmax attention over the pairs of a pattern: the state is the keys that a later query still sees."""
 
-    def seen(self, T: int) -> Pattern:
-        """The pairs among T positions, causality included."""
+    def seen(self) -> Pattern:
+        """The pairs among the positions that this attention was built for, causality included."""
         raise NotImplementedError
 
-    def slots(self, max_len: int) -> Slots:
-        """For at most max_len steps, of the pattern among the positions that this attention was built for."""
-        slots = plan_slots(self.seen(self.dims.max_len), self.dims.max_len)
-        return slots if slots.of is not None else dataclasses.replace(slots, count=min(slots.count, max_len))
+    def slots(self) -> Slots:
+        """Where their keys are kept."""
+        return plan_slots(self.seen(), self.dims.max_len)
 
     def init_cache(self, B, max_len):
         self.check_decoding(max_len)
-        return init_slots(self.slots(max_len), B, self.dims.num_kv_heads, self.dims.head_dim, self.dims.dtype)
+        return init_slots(self.slots().within(max_len), B, self.dims.num_kv_heads, self.dims.head_dim, self.dims.dtype)
 
     def step(self, q_B1NH, k_B1KH, v_B1KH, cache):
         o_B1NH, _, cache = self.slot_step(q_B1NH, k_B1KH, v_B1KH, cache)
         return o_B1NH, cache | {"t": cache["t"] + 1}
 
-    def slot_step(self, q_B1NH, k_B1KH, v_B1KH, cache, bias=None):
-        """(output, logsumexp, the cache with this key and value in it and t as it was)."""
-        slots = self.slots(cache["k"].shape[1])
+    def slot_step(self, q_B1NH, k_B1KH, v_B1KH, cache, **scores):
+        """(output, logsumexp, the cache with this key and value, and its t as it was); `scores` as attend_slots takes it."""
+        slots = self.slots().within(cache["k"].shape[1])
         cache = put(k_B1KH, v_B1KH, cache, slots)
-        return *attend_slots(q_B1NH, cache, self.seen(self.dims.max_len), slots, bias=bias), cache
+        return *attend_slots(q_B1NH, cache, self.seen(), slots, **scores), cache
 
 
 class PatternAttention(SlotDecoding):
@@ -45,8 +42,8 @@ class PatternAttention(SlotDecoding):
         """The pairs seen among T queries and S keys, causality included."""
         raise NotImplementedError
 
-    def seen(self, T):
-        return self.pattern(T, T)
+    def seen(self):
+        return self.pattern(self.dims.max_len, self.dims.max_len)
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         pattern = self.pattern(q_BTNH.shape[1], k_BSKH.shape[1])

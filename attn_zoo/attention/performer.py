@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attn_zoo.attention.base import Attention, Bound, Drawn, Paper, Variant
-from attn_zoo.attention.linear import kernel_reference, state_flops
+from attn_zoo.attention.base import Bound, Drawn, Paper, Variant
+from attn_zoo.attention.linear import KernelDecoding, kernel_reference, state_flops
 from attn_zoo.ops.linear import linear_attention
 from attn_zoo.spec import check, check_int
 
@@ -50,8 +50,10 @@ def draw(key, features: int, H: int):
     return directions * jnp.linalg.norm(jax.random.normal(norm_key, (features, H)), axis=1, keepdims=True)
 
 
-class Performer(Attention):
+class Performer(KernelDecoding):
     """FAVOR+."""
+
+    anywhere = True
 
     def __init__(self, options: Options, dims, *, shared: dict, rngs: nnx.Rngs):
         super().__init__(options, dims)
@@ -62,6 +64,9 @@ class Performer(Attention):
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         return kernel_reference(*self.features(q_BTNH, k_BSKH, valid_BS, key), v_BSKH, causal=self.dims.causal)
+
+    def features_at(self, q_B1NH, k_B1KH, t):
+        return self.features(q_B1NH, k_B1KH, None, None)
 
     def features(self, q_BTNH, k_BSKH, valid_BS, key):
         """(phi(q), phi(k)), float32, zeros for invalid keys."""
@@ -109,6 +114,8 @@ PERFORMER = Variant(
     time_order=1.0,
     memory_order=1.0,
     exact_when=lambda T: None,
+    decode=True,
+    state_order=0.0,
     # Measured 0.34, of long queries whose estimates have heavy tails. Causal, the mean of the values is 0.78 away; bidirectionally zeros are 0.43.
     bound=Bound("an unbiased estimate of the softmax kernel", scale=0.3, error=0.4, options=(("features", 16384),)),
 )

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attn_zoo.attention.base import Attention, Paper, Variant, repeat_kv, softmax_reference
-from attn_zoo.attention.pattern import dense_mask, pair_flops
+from attn_zoo.attention.base import Paper, Variant, repeat_kv, softmax_reference
+from attn_zoo.attention.pattern import SlotDecoding, dense_mask, pair_flops
 from attn_zoo.ops.blocked import block_sizes, blocked_attention
 from attn_zoo.ops.merge import merge
 from attn_zoo.ops.patterns import CAUSAL, FULL, count_pairs
@@ -35,7 +35,13 @@ class Options:
 
 def persistent_attention(q_BTNH, k_BSKH, v_BSKH, m_NRH, u_NRH, *, valid_BS=None, causal: bool):
     """Attention over the context and the slots (m, u) of each head, [B, T, N, H]."""
-    o_BTNH, lse_BTN = blocked_attention(q_BTNH, k_BSKH, v_BSKH, pattern=CAUSAL if causal else FULL, valid_BS=valid_BS)
+    context = blocked_attention(q_BTNH, k_BSKH, v_BSKH, pattern=CAUSAL if causal else FULL, valid_BS=valid_BS)
+    return with_slots(q_BTNH, context, m_NRH, u_NRH)
+
+
+def with_slots(q_BTNH, context, m_NRH, u_NRH):
+    """Attention to the context, (output, logsumexp), merged with that to the slots; zeros where there is no context."""
+    o_BTNH, lse_BTN = context
     # The slots are the same for every sequence, so a batch is one long sequence to them: [1, B T, N, H] over [1, R, N, H].
     B, T, N, H = q_BTNH.shape
     m_1RNH, u_1RNH = (x.swapaxes(0, 1)[None].astype(q_BTNH.dtype) for x in (m_NRH, u_NRH))
@@ -44,7 +50,7 @@ def persistent_attention(q_BTNH, k_BSKH, v_BSKH, m_NRH, u_NRH, *, valid_BS=None,
     return jnp.where(lse_BTN[..., None] > -jnp.inf, both_BTNH, 0)
 
 
-class Persistent(Attention):
+class Persistent(SlotDecoding):
     """Context and persistent memory in one softmax."""
 
     def __init__(self, options: Options, dims, *, shared: dict, rngs: nnx.Rngs):
@@ -73,6 +79,15 @@ class Persistent(Attention):
             mask = jnp.concatenate([mask, jnp.broadcast_to(any_context, (*mask.shape[:-1], self.options.slots))], axis=-1)
         return softmax_reference(q_BTNH, k, v, mask)
 
+    def seen(self):
+        return CAUSAL
+
+    def step(self, q_B1NH, k_B1KH, v_B1KH, cache):
+        o_B1NH, lse_B1N, cache = self.slot_step(q_B1NH, k_B1KH, v_B1KH, cache)
+        if self.options.slots:
+            o_B1NH = with_slots(q_B1NH, (o_B1NH, lse_B1N), *self.memory())
+        return o_B1NH.astype(q_B1NH.dtype), cache | {"t": cache["t"] + 1}
+
     def plan(self, T, S, masked=False):
         q_block, k_block = block_sizes(CAUSAL if self.dims.causal else FULL, T, S)
         return {"backend": self.backend(masked), "q_block": q_block, "k_block": k_block}
@@ -100,4 +115,5 @@ PERSISTENT = Variant(
     time_order=2.0,
     memory_order=1.0,
     exact_when=lambda T: {"slots": 0},
+    decode=True,
 )

@@ -20,6 +20,7 @@ from attn_zoo.attention.base import Attention, Paper, Variant, softmax_reference
 from attn_zoo.attention.pattern import dense_mask, pair_flops, pattern_plan
 from attn_zoo.ops import backends
 from attn_zoo.ops.patterns import Band, Pattern, count_pairs
+from attn_zoo.ops.slots import Slots, attend_slots, init_slots, plan_slots, put, score_row, softmax_row
 from attn_zoo.spec import check, check_choice, check_int
 
 POOLINGS = ("mean", "max", "ldconv")
@@ -107,6 +108,39 @@ class Poolingformer(Attention):
         k_BCKH, v_BCKH, valid_BC = self.pooled(k_BSKH, v_BSKH, valid_BS)
         return o_BTNH + softmax_reference(q_BTNH, k_BCKH, v_BCKH, dense_mask(slot_pattern(self.options, causal), T, k_BCKH.shape[1], valid_BC))
 
+    def init_cache(self, B, max_len):
+        """A ring of the window's keys, one of the slots that the second level still sees, and the last `kernel` keys and values as they are."""
+        self.check_decoding(max_len)
+        K, H, dtype = self.dims.num_kv_heads, self.dims.head_dim, self.dims.dtype
+        cache = init_slots(plan_slots(window_pattern(self.options, True), max_len), B, K, H, dtype)
+        if not self.options.second:
+            return cache
+        zeros = lambda n: jnp.zeros((B, n, K, H), dtype)
+        C = min(slot_pattern(self.options, True).width, num_slots(self.options, max_len)) + 1  # the last takes what is no slot
+        return cache | {"slot_k": zeros(C), "slot_v": zeros(C), "last_k": zeros(self.options.kernel), "last_v": zeros(self.options.kernel)}
+
+    def step(self, q_B1NH, k_B1KH, v_B1KH, cache):
+        t, o = cache["t"], self.options
+        window, slots = window_pattern(o, True), slot_pattern(o, True)
+        ring = Slots(cache["k"].shape[1], cache["k"].shape[1])
+        cache = put(k_B1KH, v_B1KH, cache, ring)
+        o_B1NH, _ = attend_slots(q_B1NH, cache, window, ring)
+        if o.second:
+            C = cache["slot_k"].shape[1] - 1
+            started = t - (o.kernel - 1)  # where the slot begins that ends here, if one does
+            newest = started // o.stride  # the last slot that is whole
+            place = jnp.where((started >= 0) & (started % o.stride == 0), newest % C, C)
+            last = {name: jnp.concatenate([cache[f"last_{name}"][:, 1:], x.astype(self.dims.dtype)], axis=1) for name, x in (("k", k_B1KH), ("v", v_B1KH))}
+            pooled_k, pooled_v, _ = self.pooled(last["k"], last["v"], None)
+            for name, x in (("k", pooled_k), ("v", pooled_v)):
+                update = jax.lax.dynamic_update_slice_in_dim(cache[f"slot_{name}"], x.astype(self.dims.dtype), place, 1)
+                cache = cache | {f"slot_{name}": update, f"last_{name}": last[name]}
+            number_C = newest - (newest - jnp.arange(C)) % C
+            seen_C = (started >= 0) & (number_C >= 0) & slots.mask(t, number_C)
+            scores = jnp.where(seen_C, score_row(q_B1NH, cache["slot_k"][:, :C]), -jnp.inf)
+            o_B1NH = o_B1NH + softmax_row(scores, cache["slot_v"][:, :C], o_B1NH.dtype)[0]
+        return o_B1NH, cache | {"t": t + 1}
+
     def pooled(self, k_BSKH, v_BSKH, valid_BS):
         """(keys, values, validity) of the slots; a slot is valid when any of its positions is."""
         B, S = k_BSKH.shape[:2]
@@ -186,4 +220,6 @@ POOLINGFORMER = Variant(
     time_order=1.0,
     memory_order=1.0,
     exact_when=lambda T: {"window": T, "second": 0},
+    decode=True,
+    state_order=0.0,
 )

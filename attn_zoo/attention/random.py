@@ -10,11 +10,13 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
-from attn_zoo.attention.base import Attention, Variant, softmax_reference
+from attn_zoo.attention.base import Variant, softmax_reference
 from attn_zoo.attention.block import BLOCK
-from attn_zoo.attention.pattern import pair_flops
+from attn_zoo.attention.pattern import SlotDecoding, pair_flops
 from attn_zoo.ops.draws import draw_distinct
 from attn_zoo.ops.gathered import gathered_attention, listed_mask
+from attn_zoo.ops.patterns import CAUSAL
+from attn_zoo.ops.slots import attend_listed, put
 from attn_zoo.spec import check_int
 
 
@@ -41,7 +43,7 @@ def draw(options: Options, T: int, S: int, causal: bool) -> tuple[np.ndarray, np
     return draw_distinct(options.k, visible(T, S, causal), options.seed)
 
 
-class Random(Attention):
+class Random(SlotDecoding):
     """A fixed random graph."""
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
@@ -52,6 +54,17 @@ class Random(Attention):
         T, S = q_BTNH.shape[1], k_BSKH.shape[1]
         mask = listed_mask(*draw(self.options, T, S, self.dims.causal), S)
         return softmax_reference(q_BTNH, k_BSKH, v_BSKH, mask if valid_BS is None else mask & valid_BS[:, None, None, :])
+
+
+    def seen(self):
+        """Which any key may be, by a later query."""
+        return CAUSAL
+
+    def step(self, q_B1NH, k_B1KH, v_B1KH, cache):
+        t, T = cache["t"], self.dims.max_len
+        cache = put(k_B1KH, v_B1KH, cache, self.slots().within(cache["k"].shape[1]))
+        index, seen = draw(self.options, T, T, True)
+        return attend_listed(q_B1NH, cache, jnp.asarray(index)[t], jnp.asarray(seen)[t])[0], cache | {"t": t + 1}
 
 
 def flops(options: Options, B: int, T: int, S: int, N: int, H: int, causal: bool) -> float:
@@ -70,4 +83,5 @@ RANDOM = Variant(
     time_order=1.0,
     memory_order=1.0,
     exact_when=lambda T: {"k": T},
+    decode=True,
 )

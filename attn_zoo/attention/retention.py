@@ -15,6 +15,7 @@ import numpy as np
 
 from attn_zoo.attention.base import Attention, Bound, Paper, Variant, repeat_kv
 from attn_zoo.ops.decayed import decayed_attention
+from attn_zoo.ops.linear import init_state, state_step, with_ones
 from attn_zoo.spec import check_number
 
 EPSILON = 1e-6  # of the group norm, as in the authors' code
@@ -61,6 +62,16 @@ class Retention(Attention):
         o_BTNH = jnp.einsum("BNTS,BSNH->BTNH", scores_BNTS, repeat_kv(v_BSKH, N), precision="highest")
         return group_norm(o_BTNH, jnp.moveaxis(scores_BNTS.sum(axis=-1), 1, 2)[..., None])
 
+    def init_cache(self, B, max_len):
+        self.check_decoding(max_len)
+        d = self.dims
+        return init_state(B, d.num_kv_heads, d.head_dim, d.head_dim + 1)
+
+    def step(self, q_B1NH, k_B1KH, v_B1KH, cache):
+        o, state = state_step(q_B1NH, k_B1KH, with_ones(v_B1KH), cache["state"], jnp.asarray(self.log_decays(), jnp.float32))
+        o = o * jnp.asarray(self.score_scale(self.dims.max_len))[cache["t"]]
+        return group_norm(o[..., :-1], o[..., -1:]).astype(q_B1NH.dtype), {"state": state, "t": cache["t"] + 1}
+
     def score_scale(self, T: int) -> np.ndarray:
         """1 / sqrt(H sum_j gamma^|t - j|) of each position and query head, [T, N, 1], the sum over j <= t, or all j if not causal."""
         log_K, t_T1 = self.log_decays(), np.arange(T)[:, None]
@@ -102,6 +113,8 @@ RETENTION = Variant(
     time_order=1.0,
     memory_order=1.0,
     exact_when=lambda T: None,
+    decode=True,
+    state_order=0.0,
     bound=Bound(
         # Measured 4.4. The same outputs with their sign turned, moved by one position or swapped between the two heads are at 4.8 or more.
         "no limit of it is a softmax, with scores of either sign and outputs of length sqrt(H); while it forgets nothing it leans to the same values",

@@ -205,5 +205,7 @@ ROUTING = Variant(
     time_order=1.5,
     memory_order=1.0,
     exact_when=lambda T: {"clusters": 1, "window": T, "normalize": False},
+    decode="which positions a centroid takes is decided over the whole sequence",
+    foresight="a centroid takes its nearest positions of the whole sequence",
     cross="a causal layer gives a position's query and key one membership, so both must be of one sequence",
 )

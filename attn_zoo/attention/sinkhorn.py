@@ -27,6 +27,7 @@ from attn_zoo.attention.pattern import dense_mask, pair_flops
 from attn_zoo.ops.blocked import blocked_attention
 from attn_zoo.ops.merge import merge
 from attn_zoo.ops.patterns import count_pairs
+from attn_zoo.ops.slots import score_row, softmax_row
 from attn_zoo.spec import check, check_int, check_number
 
 NEG = -1e30  # log of a weight that is zero; finite, so that differences are not NaN
@@ -141,6 +142,37 @@ class Sinkhorn(Attention):
         other = (np.arange(T)[:, None] // W == s // W) & slot_valid[:, :, None]
         return softmax_reference(q_BTNH, k_both, v_both, jnp.concatenate([jnp.broadcast_to(own, (B, 1, T, T)), other], axis=-1))
 
+    def init_cache(self, B, max_len):
+        """All keys and values, of which whole blocks are sorted; the sum of the keys so far; the block that is sorted to the current one."""
+        self.check_decoding(max_len)
+        K, H, W = self.dims.num_kv_heads, self.dims.head_dim, self.block
+        zeros = lambda n, dtype: jnp.zeros((B, n, K, H), dtype)
+        rows = -(-max_len // W) * W
+        cache = {"k": zeros(rows, self.dims.dtype), "v": zeros(rows, self.dims.dtype), "sorted_k": zeros(W, jnp.float32), "sorted_v": zeros(W, jnp.float32)}
+        return cache | {"sum": jnp.zeros((B, K, H)), "t": jnp.zeros((), jnp.int32)}
+
+    def step(self, q_B1NH, k_B1KH, v_B1KH, cache):
+        t, W = cache["t"], self.block
+        k, v = (lax.dynamic_update_slice_in_dim(cache[name], x.astype(cache[name].dtype), t, 1) for name, x in (("k", k_B1KH), ("v", v_B1KH)))
+        total_BKH = cache["sum"] + k_B1KH[:, 0].astype(jnp.float32)
+        I = t // W
+
+        def sort():
+            """R's row of this block, from the summary of all up to its first position, which is here."""
+            blocks = k.shape[1] // W
+            logits_BKC = (jnp.einsum("BKH,KHJ->BKJ", total_BKH / (t + 1), self.weight[:, :, :blocks], precision="highest") + self.bias[:, :blocks]) / self.options.temperature
+            before_C = jnp.arange(blocks) < I
+            R_BKC = jnp.where(before_C, jax.nn.softmax(jnp.where(before_C, logits_BKC, NEG)), 0.0)
+            cut = lambda x: x.reshape(x.shape[0], blocks, W, *x.shape[2:]).astype(jnp.float32)
+            return tuple(jnp.einsum("BKJ,BJWKH->BWKH", R_BKC, cut(x)) for x in (k, v))
+
+        sorted_k, sorted_v = lax.cond(t % W == 0, sort, lambda: (cache["sorted_k"], cache["sorted_v"]))
+        own_k, own_v = (lax.dynamic_slice_in_dim(x, I * W, W, 1) for x in (k, v))
+        both_k, both_v = (jnp.concatenate([own, other.astype(own.dtype)], axis=1) for own, other in ((own_k, sorted_k), (own_v, sorted_v)))
+        seen = jnp.concatenate([jnp.arange(W) <= t % W, jnp.full(W, I > 0)])
+        o_B1NH, _ = softmax_row(jnp.where(seen, score_row(q_B1NH, both_k), -jnp.inf), both_v, q_B1NH.dtype)
+        return o_B1NH, {"k": k, "v": v, "sorted_k": sorted_k, "sorted_v": sorted_v, "sum": total_BKH, "t": t + 1}
+
     def cut(self, valid_BS, B: int, S: int):
         """(function that cuts [B, S, ...] into [B, C, W, ...], padded with zeros; which positions are valid, [B, C, W])."""
         W = self.block
@@ -203,5 +235,6 @@ SINKHORN = Variant(
     time_order=1.5,
     memory_order=1.0,
     exact_when=lambda T: {"block": T},
+    decode=True,
     cross="a query block attends to the sorted block of its own number, which needs one sequence for queries and keys",
 )

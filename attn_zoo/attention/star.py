@@ -17,13 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from attn_zoo.attention.base import Attention, Paper, Variant, repeat_kv
-from attn_zoo.attention.pattern import pair_flops, pattern_plan
+from attn_zoo.attention.base import Paper, Variant, repeat_kv
+from attn_zoo.attention.pattern import SlotDecoding, pair_flops, pattern_plan
 from attn_zoo.ops.blocked import blocked_attention
 from attn_zoo.ops.merge import merge
 from attn_zoo.ops.patterns import FULL, Band, Pattern
 from attn_zoo.ops.softmax_mean import softmax_mean
 from attn_zoo.spec import check, check_int
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -44,7 +45,7 @@ def ring_pattern(ring: int, T: int, causal: bool) -> tuple[Pattern, int]:
     return (FULL, 0) if 2 * ring + 1 >= T else (Band(0, 2 * ring), ring)
 
 
-class Star(Attention):
+class Star(SlotDecoding):
     """A ring and a relay."""
 
     def __init__(self, options: Options, dims, *, shared: dict, rngs: nnx.Rngs):
@@ -63,10 +64,38 @@ class Star(Attention):
         if valid_BS is not None:
             score_BSN = jnp.where(valid_BS[:, :, None], score_BSN, -jnp.inf)
         relay_BTNR, seen_BTN = softmax_mean(score_BSN, jnp.concatenate([k_BSNH, v_BSNH], axis=-1), causal=self.dims.causal)
+        return self.with_relay(q_BTNH, ring, jnp.broadcast_to(relay_BTNR, (*q_BTNH.shape[:3], relay_BTNR.shape[-1])), seen_BTN)
+
+    def with_relay(self, q_BTNH, ring, relay_BTNR, seen_BTN):
+        """Attention to the ring, (output, logsumexp), merged with that to the relay's key and value, where it has seen anything."""
         relay_k, relay_v = jnp.split(relay_BTNR, 2, axis=-1)
         # Attention to one key: its output is the value, its logsumexp the score.
-        lse_BTN = jnp.where(seen_BTN, self.scale * jnp.einsum("BTNH,BTNH->BTN", q_BTNH, jnp.broadcast_to(relay_k, q_BTNH.shape), precision="highest"), -jnp.inf)
-        return merge(ring, (jnp.broadcast_to(relay_v, q_BTNH.shape), lse_BTN))[0]
+        lse_BTN = jnp.where(seen_BTN, self.scale * jnp.einsum("BTNH,BTNH->BTN", q_BTNH, relay_k, precision="highest"), -jnp.inf)
+        return merge(ring, (relay_v, lse_BTN))[0]
+
+    def seen(self):
+        return ring_pattern(self.options.ring, self.dims.max_len, True)[0]
+
+    def init_cache(self, B, max_len):
+        """The ring's keys, and the relay's softmax as it runs: largest score, sum of weights, weighted sum of keys and values."""
+        cache, N = super().init_cache(B, max_len), self.dims.num_heads
+        if not self.options.relay:
+            return cache
+        return cache | {"top": jnp.full((B, N), -jnp.inf), "total": jnp.zeros((B, N)), "sum": jnp.zeros((B, N, 2 * self.dims.head_dim))}
+
+    def step(self, q_B1NH, k_B1KH, v_B1KH, cache):
+        o_B1NH, lse_B1N, cache = self.slot_step(q_B1NH, k_B1KH, v_B1KH, cache)
+        if self.options.relay:
+            q_B1NH, k_BNH, v_BNH = (x.astype(jnp.float32) for x in (q_B1NH, *(x[:, 0] for x in self.heads(k_B1KH, v_B1KH))))
+            score_BN = self.scale * jnp.einsum("NH,BNH->BN", self.relay_query[...], k_BNH, precision="highest")
+            top_BN = jnp.maximum(cache["top"], score_BN)
+            old_BN, new_BN = jnp.exp(cache["top"] - top_BN), jnp.exp(score_BN - top_BN)
+            total_BN = cache["total"] * old_BN + new_BN
+            sum_BNR = cache["sum"] * old_BN[..., None] + jnp.concatenate([k_BNH, v_BNH], axis=-1) * new_BN[..., None]
+            relay_B1NR = (sum_BNR / total_BN[..., None])[:, None]
+            o_B1NH = self.with_relay(q_B1NH, (o_B1NH, lse_B1N), relay_B1NR, jnp.ones(lse_B1N.shape, bool)).astype(o_B1NH.dtype)
+            cache = cache | {"top": top_BN, "total": total_BN, "sum": sum_BNR}
+        return o_B1NH, cache | {"t": cache["t"] + 1}
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         """The relay's attention for every query anew, and its key and value beside those of the ring, in one dense softmax."""
@@ -138,5 +167,7 @@ STAR = Variant(
     time_order=1.0,
     memory_order=1.0,
     exact_when=lambda T: {"ring": T, "relay": False},
+    decode=True,
+    state_order=0.0,
     cross="its ring joins neighbours within one sequence",
 )

@@ -13,12 +13,13 @@ import math
 
 import numpy as np
 
-from attn_zoo.attention.base import Attention, Paper, Variant, softmax_reference
-from attn_zoo.attention.pattern import pair_flops
+from attn_zoo.attention.base import Paper, Variant, softmax_reference
+from attn_zoo.attention.pattern import SlotDecoding, pair_flops
 from attn_zoo.ops.blocked import block_sizes, blocked_attention
 from attn_zoo.ops.fold import fold, fold_valid, unfold
 from attn_zoo.ops.merge import merge
-from attn_zoo.ops.patterns import Band, Pattern
+from attn_zoo.ops.patterns import CAUSAL, Band, Every, Pattern
+from attn_zoo.ops.slots import Slots
 from attn_zoo.spec import check_int
 
 
@@ -61,7 +62,7 @@ def strided_attention(q_BTNH, k_BSKH, v_BSKH, valid_BS, stride: int, band: int, 
     return merge(near, tuple(unfold(x, stride, T) for x in columns))[0]
 
 
-class Strided(Attention):
+class Strided(SlotDecoding):
     """Near band plus columns."""
 
     @property
@@ -77,6 +78,16 @@ class Strided(Attention):
         i, j = np.arange(q_BTNH.shape[1])[:, None], np.arange(k_BSKH.shape[1])[None, :]
         mask = ((abs(i - j) <= band) | ((i - j) % stride == 0)) & ((j <= i) | (not self.dims.causal))
         return softmax_reference(q_BTNH, k_BSKH, v_BSKH, mask if valid_BS is None else mask & valid_BS[:, None, None, :])
+
+    def seen(self):
+        stride, band = self.sizes
+        return CAUSAL & (Band(band, band) | Every(stride))
+
+    def slots(self):
+        """Every key stays in some query's column; a query reads its band and its column."""
+        stride, band = self.sizes
+        T = self.dims.max_len
+        return Slots(T, min(band + 1 + -(-T // stride), T))
 
     def flops(self, B, T, S):
         return pair_flops(count_pairs(*self.sizes, T, S, self.dims.causal), B, self.dims.num_heads, self.dims.head_dim)
@@ -116,4 +127,5 @@ STRIDED = Variant(
     time_order=1.5,
     memory_order=1.0,
     exact_when=lambda T: {"stride": T},
+    decode=True,
 )

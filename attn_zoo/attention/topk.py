@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from attn_zoo.attention.base import Attention, Paper, Variant, repeat_kv, softmax_reference
-from attn_zoo.attention.pattern import pair_flops
+from attn_zoo.attention.base import Paper, Variant, repeat_kv, softmax_reference
+from attn_zoo.attention.pattern import SlotDecoding, pair_flops
 from attn_zoo.ops.gathered import gathered_attention
 from attn_zoo.ops.patterns import CAUSAL, FULL, count_pairs
+from attn_zoo.ops.slots import put, score_row, softmax_row
 from attn_zoo.spec import check_int
 
 SCORE_BYTES = 4 * 2**20  # of the scores that are compared at once
@@ -29,7 +30,7 @@ class Options:
         check_int("k", self.k, 1)
 
 
-class TopK(Attention):
+class TopK(SlotDecoding):
     """The largest scores."""
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
@@ -43,6 +44,20 @@ class TopK(Attention):
         index, seen = select(q_BTNH, repeat_kv(k_BSKH, N), valid_BS, self.options.k, self.dims.causal)
         chosen_BNTS = jnp.put_along_axis(jnp.zeros((*index.shape[:3], S), bool), index, seen, axis=-1, inplace=False)
         return softmax_reference(q_BTNH, k_BSKH, v_BSKH, chosen_BNTS)
+
+
+    def seen(self):
+        return CAUSAL
+
+    def step(self, q_B1NH, k_B1KH, v_B1KH, cache):
+        L, t = cache["k"].shape[1], cache["t"]
+        cache = put(k_B1KH, v_B1KH, cache, self.slots().within(L))
+        scores_BNL = score_row(q_B1NH.astype(jnp.float32), cache["k"].astype(jnp.float32), 1.0, "highest")
+        scores_BNL = jnp.where(jnp.arange(L) <= t, scores_BNL, -jnp.inf)
+        index = lax.top_k(scores_BNL, min(self.options.k, L))[1]
+        chosen_BNL = jnp.put_along_axis(jnp.zeros(scores_BNL.shape, bool), index, True, axis=-1, inplace=False)
+        o_B1NH, _ = softmax_row(jnp.where(chosen_BNL, scores_BNL * self.dims.head_dim**-0.5, -jnp.inf), cache["v"], q_B1NH.dtype)
+        return o_B1NH, cache | {"t": t + 1}
 
 
 def select(q_BTNH, k_BSNH, valid_BS, k: int, causal: bool):
@@ -92,4 +107,5 @@ TOPK = Variant(
     time_order=2.0,
     memory_order=1.0,
     exact_when=lambda T: {"k": T},
+    decode=True,
 )

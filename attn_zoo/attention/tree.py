@@ -18,6 +18,7 @@ import numpy as np
 from attn_zoo.attention.base import Attention, Paper, Variant, softmax_reference
 from attn_zoo.attention.pattern import pair_flops
 from attn_zoo.ops.gathered import gathered_attention
+from attn_zoo.ops.slots import attend_listed
 from attn_zoo.spec import check_int
 
 
@@ -82,6 +83,21 @@ class Tree(Attention):
         valid = None if valid_BS is None else valid
         return gathered_attention(q_BTNH, k, v, jnp.asarray(index), jnp.asarray(seen), valid_BS=valid)[0]
 
+    def init_cache(self, B, max_len):
+        """The means of all spans, leaves first. A query sees whole spans of the past alone."""
+        self.check_decoding(max_len)
+        shape = (B, sum(level_sizes(self.dims.max_len)), self.dims.num_kv_heads, self.dims.head_dim)
+        return {name: jnp.zeros(shape, jnp.promote_types(self.dims.dtype, jnp.float32)) for name in ("k", "v")} | {"t": jnp.zeros((), jnp.int32)}
+
+    def step(self, q_B1NH, k_B1KH, v_B1KH, cache):
+        t, sizes = cache["t"], level_sizes(self.dims.max_len)
+        level = np.arange(len(sizes))
+        above = np.concatenate([[0], np.cumsum(sizes)[:-1]]) + (t >> level)  # the leaf and its spans, one a level
+        share = (2.0**-level)[:, None, None]
+        cache = cache | {name: cache[name].at[:, above].add(x * share) for name, x in (("k", k_B1KH), ("v", v_B1KH))}
+        index, seen = (jnp.asarray(x)[t] for x in nodes_seen(self.options.neighbours, self.dims.max_len, True))
+        return attend_listed(q_B1NH, cache, index, seen)[0], cache | {"t": t + 1}
+
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         """Every span's mean by a matrix of its positions, every query's spans by walking outward from it."""
         B, T = q_BTNH.shape[:2]
@@ -139,5 +155,6 @@ TREE = Variant(
     time_order=1.15,  # the slope of T log(T / k) at some thousand positions
     memory_order=1.0,
     exact_when=lambda T: {"neighbours": T},
+    decode=True,
     cross="what a query sees one by one, and what as spans, goes by its own place in the sequence",
 )

@@ -63,10 +63,10 @@ class RMSNorm(nnx.Module):
 NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
 
 
-def sinusoids(T: int, D: int) -> Float[Array, "T D"]:
-    """The sinusoidal position table: sin(t / 10000^(2i/D)) in channel 2i, the cosine in 2i + 1. Vaswani et al. 2017, sec. 3.5."""
+def sinusoids(T: int, D: int, start: Int[Array, ""] | int = 0) -> Float[Array, "T D"]:
+    """The sinusoidal position table from `start` on: sin(t / 10000^(2i/D)) in channel 2i, the cosine in 2i + 1. Vaswani et al. 2017, sec. 3.5."""
     i = jnp.arange((D + 1) // 2, dtype=jnp.float32)
-    angles = jnp.arange(T, dtype=jnp.float32)[:, None] * 10000.0 ** (-2 * i / D)
+    angles = (start + jnp.arange(T, dtype=jnp.float32))[:, None] * 10000.0 ** (-2 * i / D)
     return jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(T, -1)[:, :D]
 
 
@@ -106,15 +106,16 @@ class Embedding(nnx.Module):
         if positions == "sinusoidal_concat":
             self.mix = normal(position_key, (2 * D, D), (2 * D) ** -0.5)
 
-    def __call__(self, inputs_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def __call__(self, inputs_BT: Int[Array, "B T"], start: Int[Array, ""] | int = 0) -> Float[Array, "B T D"]:
+        """Of tokens at positions from `start` on."""
         T, D = inputs_BT.shape[1], self.tokens.shape[1]
         x_BTD = self.tokens[...][inputs_BT] * math.sqrt(D)
         if self.kind == "learned":
-            x_BTD += self.positions[:T] * math.sqrt(D)
+            x_BTD += jax.lax.dynamic_slice_in_dim(self.positions[...], start, T) * math.sqrt(D)
         if self.kind == "sinusoidal":
-            x_BTD += sinusoids(T, D)
+            x_BTD += sinusoids(T, D, start)
         if self.kind == "sinusoidal_concat":
-            both = jnp.concatenate([x_BTD, jnp.broadcast_to(sinusoids(T, D), x_BTD.shape)], axis=-1)
+            both = jnp.concatenate([x_BTD, jnp.broadcast_to(sinusoids(T, D, start), x_BTD.shape)], axis=-1)
             return both.astype(self.dtype) @ self.mix[...].astype(self.dtype)
         return x_BTD.astype(self.dtype)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
-from attn_zoo.attention.base import Attention
+from attn_zoo.attention.base import Attention, Cache
 from attn_zoo.models.layers import normal, rotate
 from attn_zoo.spec import UserError
 
@@ -45,17 +45,42 @@ class MultiHeadAttention(nnx.Module):
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B T D"]:
         """Attends from x over the valid positions of `memory`, or of x itself; `key` is the variant's random key."""
-        source_BSD = x_BTD if memory_BSD is None else memory_BSD
-        q_BTNH = self._heads(x_BTD, self.query)
-        if memory_BSD is None and self.shares_query_key:
-            k_BSKH = q_BTNH
+        if memory_BSD is None:
+            q_BTNH, k_BSKH, v_BSKH = self._self_heads(x_BTD, jnp.arange(x_BTD.shape[1]))
         else:
-            k_BSKH = self._heads(source_BSD, self.query if self.shares_query_key else self.key)
-        v_BSKH = self._heads(source_BSD, self.value)
-        if self.rotary and memory_BSD is None:
-            positions_T = jnp.arange(x_BTD.shape[1])
-            q_BTNH, k_BSKH = rotate(q_BTNH, positions_T), rotate(k_BSKH, positions_T)
-        o_BTNH = self.attention(q_BTNH, k_BSKH, v_BSKH, valid_BS=valid_BS, key=key)
+            q_BTNH = self._heads(x_BTD, self.query)
+            k_BSKH, v_BSKH = self._memory_heads(memory_BSD)
+        return self._out(self.attention(q_BTNH, k_BSKH, v_BSKH, valid_BS=valid_BS, key=key))
+
+    def init_cache(self, B: int, max_len: int) -> Cache:
+        """The state of causal self-attention before the first of at most `max_len` positions."""
+        return self.attention.init_cache(B, max_len)
+
+    def step(self, x_B1D: Float[Array, "B 1 D"], cache: Cache) -> tuple[Float[Array, "B 1 D"], Cache]:
+        """Self-attention of one more position: (its output, the state after it)."""
+        o_B1NH, cache = self.attention.step(*self._self_heads(x_B1D, cache["t"][None]), cache)
+        return self._out(o_B1NH), cache
+
+    def init_cross_cache(self, memory_BSD: Float[Array, "B S D"], max_len: int, *, valid_BS: Bool[Array, "B S"] | None = None) -> Cache:
+        """The state of cross-attention to `memory`, whose keys and values are made once, before the first query."""
+        return self.attention.init_cross_cache(*self._memory_heads(memory_BSD), max_len, valid_BS=valid_BS)
+
+    def cross_step(self, x_B1D: Float[Array, "B 1 D"], cache: Cache) -> tuple[Float[Array, "B 1 D"], Cache]:
+        """Cross-attention of one more query: (its output, the state after it)."""
+        o_B1NH, cache = self.attention.cross_step(self._heads(x_B1D, self.query), cache)
+        return self._out(o_B1NH), cache
+
+    def _self_heads(self, x_BTD, positions_T):
+        q_BTNH = self._heads(x_BTD, self.query)
+        k_BTKH = q_BTNH if self.shares_query_key else self._heads(x_BTD, self.key)
+        if self.rotary:
+            q_BTNH, k_BTKH = rotate(q_BTNH, positions_T), rotate(k_BTKH, positions_T)
+        return q_BTNH, k_BTKH, self._heads(x_BTD, self.value)
+
+    def _memory_heads(self, memory_BSD):
+        return self._heads(memory_BSD, self.query if self.shares_query_key else self.key), self._heads(memory_BSD, self.value)
+
+    def _out(self, o_BTNH):
         return jnp.einsum("BTNH,NHD->BTD", o_BTNH, self.out[...].astype(self.dtype))
 
     def _heads(self, x_BTD: Array, kernel: nnx.Param) -> Array:

@@ -1,4 +1,4 @@
-"""The Transformer that every variant is put into: decoder or encoder, one model with two settings.
+"""The Transformer that every variant is put into: decoder, encoder, or both, one model with three settings.
 
 Initialization: matrices are N(0, 1 / fan-in), so activations keep their scale at any width (GPT-2's fixed 0.02 is that
 value at D = 2,500, and starves the narrow models of a sweep on small machines); the projections that end a residual
@@ -6,6 +6,7 @@ branch are scaled by 1 / sqrt(branches), 2 a layer or 1 without feed-forward, as
 so the sum of all branches does too. With one seed, everything outside the attention starts bit for bit the same whatever the variant.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 
@@ -15,38 +16,71 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from attn_zoo import config
-from attn_zoo.attention import make_attention
-from attn_zoo.attention.base import Attention
+from attn_zoo.attention import make_attention, parse_variant
+from attn_zoo.attention.base import Attention, Cache
 from attn_zoo.models.layers import EMBEDDING_STD, NORMS, Embedding, FeedForward, default_ffn_dim, dropout, normal
 from attn_zoo.models.multi_head import MultiHeadAttention
 from attn_zoo.models.remat import rematerialized
-from attn_zoo.spec import Spec, UserError
+from attn_zoo.spec import Spec, Unsupported, UserError
 
 
 class Block(nnx.Module):
-    """Attention and feed-forward, each in a residual branch with its norm before (pre) or after the sum (post).
+    """Attention, cross-attention where there is a memory to read, and feed-forward, each in a residual branch with its norm before (pre) or after the sum (post).
 
-    With ffn='none' there is the attention branch alone (Sukhbaatar et al. 2019b).
+    With ffn='none' there is no feed-forward branch (Sukhbaatar et al. 2019b).
     """
 
-    def __init__(self, model: config.Model, attention: Attention, *, rngs: nnx.Rngs):
+    def __init__(self, model: config.Model, attention: Attention, cross: Attention | None = None, *, rngs: nnx.Rngs):
         self.has_ffn = model.ffn != "none"
-        residual_scale = ((2 if self.has_ffn else 1) * model.layers) ** -0.5
+        self.has_cross = cross is not None
+        residual_scale = ((1 + self.has_ffn + self.has_cross) * model.layers) ** -0.5
         self.pre = model.norm_position == "pre"
         self.dropout = model.dropout
         self.attention_norm = NORMS[model.norm](model.D)
         rotary = model.positions == "rotary"
         self.mixer = MultiHeadAttention(attention, D=model.D, rotary=rotary, residual_scale=residual_scale, rngs=rngs)
+        if cross is not None:
+            self.cross_norm = NORMS[model.norm](model.D)
+            self.cross = MultiHeadAttention(cross, D=model.D, residual_scale=residual_scale, rngs=rngs)
         if self.has_ffn:
             F = model.F or default_ffn_dim(model.D, model.ffn)
             self.ffn_norm = NORMS[model.norm](model.D)
             self.ffn = FeedForward(model.D, F, model.ffn, attention.dims.dtype, residual_scale, rngs)
 
-    def __call__(self, x_BTD: Array, valid_BT: Array | None = None, key: Array | None = None) -> Array:
-        attention_key, attention_dropout_key, ffn_dropout_key = split_key(key, 3)
+    @property
+    def attentions(self) -> list[Attention]:
+        return [self.mixer.attention, self.cross.attention] if self.has_cross else [self.mixer.attention]
+
+    def __call__(self, x_BTD: Array, valid_BT: Array | None = None, key: Array | None = None, memory_BSD: Array | None = None, memory_valid: Array | None = None) -> Array:
+        attention_key, attention_dropout_key, ffn_dropout_key, *cross_keys = split_key(key, 5 if self.has_cross else 3)
         attend = partial(self.mixer, valid_BS=valid_BT, key=attention_key)
         x_BTD = self._residual(x_BTD, attend, self.attention_norm, attention_dropout_key)
+        if self.has_cross:
+            cross_key, cross_dropout_key = cross_keys
+            read = partial(self.cross, memory_BSD=memory_BSD, valid_BS=memory_valid, key=cross_key)
+            x_BTD = self._residual(x_BTD, read, self.cross_norm, cross_dropout_key)
         return self._residual(x_BTD, self.ffn, self.ffn_norm, ffn_dropout_key) if self.has_ffn else x_BTD
+
+    def init_cache(self, B: int, max_len: int, memory_BSD: Array | None = None, memory_valid: Array | None = None) -> Cache:
+        """The state before the first of at most `max_len` positions."""
+        cache = {"self": self.mixer.init_cache(B, max_len)}
+        return cache | {"cross": self.cross.init_cross_cache(memory_BSD, max_len, valid_BS=memory_valid)} if self.has_cross else cache
+
+    def step(self, x_B1D: Array, cache: Cache) -> tuple[Array, Cache]:
+        """One more position: (its output, the state after it)."""
+        new = {}
+
+        def stateful(step, name):
+            def run(x_B1D):
+                o_B1D, new[name] = step(x_B1D, cache[name])
+                return o_B1D
+
+            return run
+
+        x_B1D = self._residual(x_B1D, stateful(self.mixer.step, "self"), self.attention_norm, None)
+        if self.has_cross:
+            x_B1D = self._residual(x_B1D, stateful(self.cross.cross_step, "cross"), self.cross_norm, None)
+        return self._residual(x_B1D, self.ffn, self.ffn_norm, None) if self.has_ffn else x_B1D, new
 
     def _residual(self, x_BTD, branch, norm, key):
         if self.pre:  # Xiong et al. 2020; the sum itself is normalized once, at the end of the model
@@ -54,12 +88,39 @@ class Block(nnx.Module):
         return norm(x_BTD + dropout(branch(x_BTD), self.dropout, key))
 
 
+class Encoder(nnx.Module):
+    """Source tokens to the memory that a decoder reads: embedding and blocks of its own."""
+
+    def __init__(self, model: config.Model, attentions: Sequence[Attention], *, vocab: int, max_len: int, rngs: nnx.Rngs):
+        self.config = model
+        self.embedding = Embedding(vocab, model.D, model.positions, max_len, attentions[0].dims.dtype, rngs)
+        self.blocks = nnx.List([Block(dataclasses.replace(model, layers=len(attentions)), attention, rngs=rngs) for attention in attentions])
+        if model.norm_position == "pre":
+            self.final_norm = NORMS[model.norm](model.D)
+
+    def __call__(self, source_BS: Int[Array, "B S"], *, valid_BS: Bool[Array, "B S"] | None = None, key: Key[Array, ""] | None = None) -> Float[Array, "B S D"]:
+        return run_blocks(self, self.embedding(source_BS), valid_BS, key)
+
+
+def run_blocks(stack: nnx.Module, x_BTD: Array, valid_BT: Array | None, key: Array | None, *memory: Array | None) -> Array:
+    """What embedding dropout, the blocks and the last norm of a `stack` (an encoder or a decoder) make of embedded tokens."""
+    embedding_key, *block_keys = split_key(key, 1 + len(stack.blocks))
+    x_BTD = dropout(x_BTD, stack.config.dropout, embedding_key)
+    for block, block_key in zip(stack.blocks, block_keys):
+        arguments = (x_BTD, valid_BT, block_key, *memory)
+        x_BTD = rematerialized(block, *arguments) if stack.config.remat else block(*arguments)
+    return stack.final_norm(x_BTD) if stack.config.norm_position == "pre" else x_BTD
+
+
 class Transformer(nnx.Module):
     """Tokens to logits through blocks whose attention is any variant, or several cycled over the layers.
 
-    `causal` makes it a decoder, else it is an encoder. With `per_token` every position gets logits, read out with the
-    input embeddings if these are tied; without, positions are pooled into one vector with a head of its own, and
-    `tie_embeddings` has no meaning. The residual stream runs in model.dtype, norms and logits in float32.
+    One model with three settings (Vaswani et al. 2017; Lin et al. 2022, sec. 2.3): `causal` makes it a decoder, else it is an encoder; with a source (`source_vocab`,
+    `source_len`) it is a decoder that reads an encoder by cross-attention. `model.where` says in which of the three places the swept variant stands.
+
+    With `per_token` every position gets logits, read out with the input embeddings if these are tied; without, positions are
+    pooled into one vector with a head of its own, and `tie_embeddings` has no meaning. The residual stream runs in model.dtype,
+    norms and logits in float32.
     """
 
     def __init__(
@@ -73,6 +134,8 @@ class Transformer(nnx.Module):
         max_len: int,
         causal: bool,
         per_token: bool,
+        source_vocab: int = 0,
+        source_len: int = 0,
         rngs: nnx.Rngs,
     ):
         self.tied = model.tie_embeddings and per_token
@@ -82,39 +145,61 @@ class Transformer(nnx.Module):
             )
         if len(variant) > model.layers:
             raise UserError(f"[{', '.join(map(str, variant))}] lists {len(variant)} layers, but layers={model.layers}; list at most {model.layers}")
-        dtype = jnp.dtype(model.dtype)
         self.config = model
         self.max_len = max_len
+        self.source_len = source_len
         self.num_outputs = num_outputs
         self.per_token = per_token
+        reads = source_len > 0
+        if reads and not causal:
+            raise UserError("what reads a source is a decoder; causal=False with a source has no meaning")
+        if reads and model.share_embeddings and source_vocab > inputs_vocab:
+            raise UserError(f"share_embeddings=True: {source_vocab} source tokens do not fit {inputs_vocab} target embeddings; use share_embeddings=False")
+        full = parse_variant("full")
+        decoder = variant if not reads or "decoder" in model.where else full
+        crossing = [] if not reads else variant if "cross" in model.where else parse_variant(model.cross)
+        encoder = [] if not reads else variant if "encoder" in model.where else full
+
+        dtype = jnp.dtype(model.dtype)
         self.embedding = Embedding(inputs_vocab, model.D, model.positions, max_len, dtype, rngs)
         # A stream of its own: what a variant draws must not shift the draws of the layers after it.
         attention_rngs = nnx.Rngs(rngs.params())
-        shared: dict = {}
+        shared: dict[str, dict] = {"self": {}, "cross": {}, "encoder": {}}
+
+        def make(specs, layer, place, max_len, causal):
+            heads = dict(num_heads=model.N, num_kv_heads=model.num_kv_heads, head_dim=model.head_dim)
+            like = dict(max_len=max_len, causal=causal, dtype=dtype, backend=attention.backend)
+            return make_attention(specs[layer % len(specs)], **heads, **like, shared=shared[place], rngs=attention_rngs)
+
         self.blocks = nnx.List([])
         for layer in range(model.layers):
-            layer_attention = make_attention(
-                variant[layer % len(variant)],
-                num_heads=model.N,
-                num_kv_heads=model.num_kv_heads,
-                head_dim=model.head_dim,
-                max_len=max_len,
-                causal=causal,
-                dtype=dtype,
-                backend=attention.backend,
-                shared=shared,
-                rngs=attention_rngs,
-            )
-            self.blocks.append(Block(model, layer_attention, rngs=rngs))
+            layer_attention = make(decoder, layer, "self", max_len, causal)
+            cross = make(crossing, layer, "cross", max(max_len, source_len), False) if reads else None
+            if cross is not None and not cross.rowwise:
+                raise Unsupported(f"{cross.variant.name} cannot read an encoder from a decoder: an output depends on the other queries, later targets among them")
+            self.blocks.append(Block(model, layer_attention, cross, rngs=rngs))
         if model.norm_position == "pre":
             self.final_norm = NORMS[model.norm](model.D)
         if not self.tied:
             self.readout = normal(rngs.params(), (num_outputs, model.D), EMBEDDING_STD)
+        if reads:
+            attentions = [make(encoder, layer, "encoder", source_len, False) for layer in range(model.encoder_layers or model.layers)]
+            self.encoder = Encoder(model, attentions, vocab=source_vocab, max_len=source_len, rngs=rngs)
+            if model.share_embeddings:
+                self.encoder.embedding.tokens = self.embedding.tokens
+
+    def attentions(self, T: int) -> list[tuple[Attention, int, int]]:
+        """(attention, queries, keys) of every layer of the model, for T positions and a source of full length."""
+        S = self.source_len
+        found = [(attention, T, S if n else T) for block in self.blocks for n, attention in enumerate(block.attentions)]
+        return found + [(block.mixer.attention, S, S) for block in (self.encoder.blocks if S else ())]
 
     def __call__(
         self,
         inputs_BT: Int[Array, "B T"],
         *,
+        source: Int[Array, "B S"] | None = None,
+        source_valid: Bool[Array, "B S"] | None = None,
         valid_BT: Bool[Array, "B T"] | None = None,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B T V"] | Float[Array, "B C"]:
@@ -125,13 +210,36 @@ class Transformer(nnx.Module):
         """
         if inputs_BT.shape[1] > self.max_len:
             raise UserError(f"length {inputs_BT.shape[1]} is over max_len={self.max_len} that this model was built for")
-        embedding_key, *block_keys = split_key(key, 1 + len(self.blocks))
-        x_BTD = dropout(self.embedding(inputs_BT), self.config.dropout, embedding_key)
-        for block, block_key in zip(self.blocks, block_keys):
-            x_BTD = rematerialized(block, x_BTD, valid_BT, block_key) if self.config.remat else block(x_BTD, valid_BT, block_key)
+        memory: tuple = ()
+        if self.source_len:
+            key, encoder_key = split_key(key, 2)
+            memory = (self.encode(source, source_valid, encoder_key), source_valid)
+        x_BTD = run_blocks(self, self.embedding(inputs_BT), valid_BT, key, *memory)
+        return self._read_out(x_BTD if self.per_token else pool(x_BTD, valid_BT, self.config.pool))
+
+    def encode(self, source: Array, source_valid: Array | None = None, key: Array | None = None) -> Float[Array, "B S D"]:
+        """The memory that the decoder reads."""
+        if source.shape[1] > self.source_len:
+            raise UserError(f"a source of {source.shape[1]} is over source_len={self.source_len} that this model was built for")
+        return self.encoder(source, valid_BS=source_valid, key=key)
+
+    def start(self, B: int, max_len: int, *, source: Array | None = None, source_valid: Array | None = None) -> Cache:
+        """The state of generation before the first of at most `max_len` tokens. Raises Unsupported unless the model is a decoder."""
+        memory = (self.encode(source, source_valid), source_valid) if self.source_len else ()
+        return {str(n): block.init_cache(B, max_len, *memory) for n, block in enumerate(self.blocks)} | {"t": jnp.zeros((), jnp.int32)}
+
+    def step(self, tokens_B: Int[Array, "B"], cache: Cache) -> tuple[Float[Array, "B V"], Cache]:
+        """(logits after one more token of each sequence, the state after it): what the parallel form gives at position cache['t'], in evaluation."""
+        t = cache["t"]
+        x_B1D = self.embedding(tokens_B[:, None], t)
+        new = {"t": t + 1}
+        for n, block in enumerate(self.blocks):
+            x_B1D, new[str(n)] = block.step(x_B1D, cache[str(n)])
         if self.config.norm_position == "pre":
-            x_BTD = self.final_norm(x_BTD)
-        features = x_BTD if self.per_token else pool(x_BTD, valid_BT, self.config.pool)
+            x_B1D = self.final_norm(x_B1D)
+        return self._read_out(x_B1D[:, 0]), new
+
+    def _read_out(self, features: Array) -> Array:
         readout_VD = self.embedding.tokens[: self.num_outputs] if self.tied else self.readout[...]
         return jnp.einsum("...D,VD->...V", features, readout_VD.astype(features.dtype), preferred_element_type=jnp.float32)
 
@@ -159,19 +267,28 @@ def flops_per_step(model: Transformer, B: int, T: int) -> dict[str, float]:
     """Useful FLOPs of one training step, forward and backward: of the `attention` variants alone, and of the whole `model`.
 
     Every matrix costs 2 FLOPs a parameter and token forward and twice that backward (Kaplan et al. 2020, sec. 2.1): 6 in
-    all. Embedding look-ups, norms and what remat recomputes count nothing. `model` may be abstract (nnx.eval_shape).
+    all. Embedding look-ups, norms and what remat recomputes count nothing. A source counts at its full length. `model` may be abstract (nnx.eval_shape).
     """
-    c = model.config
-    attention = 3 * sum(block.mixer.attention.flops(B, T, T) for block in model.blocks)
-    matrices = _count(model.blocks, min_ndim=2) - _count(_attentions(model), min_ndim=2)
+    c, S = model.config, model.source_len
+    attention = 3 * sum(layer.flops(B, queries, keys) for layer, queries, keys in model.attentions(T))
+    tokens = T * _matrices(model.blocks) + model.num_outputs * c.D * (T if model.per_token else 1)
+    if S:
+        # Keys and values of cross-attention are of the source's tokens, the rest of a decoder block of the target's.
+        of_memory = sum(p.size for block in model.blocks for p in (block.cross.value[...], *(() if block.cross.shares_query_key else (block.cross.key[...],))))
+        tokens += S * _matrices(model.encoder.blocks) + (S - T) * of_memory
     if c.positions == "sinusoidal_concat":
-        matrices += 2 * c.D * c.D
-    readout = model.num_outputs * c.D * (T if model.per_token else 1)
-    return {"attention": float(attention), "model": float(attention + 6 * B * (T * matrices + readout))}
+        tokens += 2 * c.D * c.D * (T + S)
+    return {"attention": float(attention), "model": float(attention + 6 * B * tokens)}
+
+
+def _matrices(blocks: nnx.List) -> int:
+    """Numbers in the matrices of blocks, without what is inside their attention variants."""
+    inside = nnx.List([attention for block in blocks for attention in block.attentions])
+    return _count(blocks, min_ndim=2) - _count(inside, min_ndim=2)
 
 
 def _attentions(model: Transformer) -> nnx.Module:
-    return nnx.List([block.mixer.attention for block in model.blocks])
+    return nnx.List([attention for attention, _, _ in model.attentions(model.max_len)])
 
 
 def _count(module: nnx.Module, min_ndim: int = 0) -> int:
@@ -183,13 +300,17 @@ def activation_bytes(model: Transformer, B: int, T: int) -> float:
 
     What attention keeps beyond its inputs and outputs is O(T) in every variant and not counted. `model` may be abstract.
     """
-    c = model.config
+    c, S = model.config, model.source_len
     heads = 2 * (c.N + c.num_kv_heads) * c.head_dim  # queries, keys, values and the output
     block = 2 * c.D + heads  # a norm and a residual sum, attention
     if c.ffn != "none":
         block += 2 * c.D + (4 if c.ffn == "swiglu" else 2) * (c.F or default_ffn_dim(c.D, c.ffn))
-    kept = c.D if c.remat else block
+    decoder = block + (2 * c.D + heads if S else 0)
     width = 2 if c.dtype == "bfloat16" else 4
-    live = block if c.remat else 0  # the one block that is being recomputed
+
+    def stack(block, layers):
+        return layers * (c.D if c.remat else block) + (block if c.remat else 0) + 3 * c.D  # with remat, one block that is being recomputed
+
     logits = 2 * 4 * model.num_outputs * (T if model.per_token else 1)
-    return float(B * (T * width * (c.layers * kept + live + 3 * c.D) + logits))
+    encoder = S * stack(block, c.encoder_layers or c.layers) if S else 0
+    return float(B * (width * (T * stack(decoder, c.layers) + encoder) + logits))

@@ -38,6 +38,29 @@ def kernel_sums(
     return o_BTKGH.reshape(B, T, N, H), jnp.einsum("BTKGR,BKR->BTKG", q_BTKGR, total_BKR).reshape(B, T, N)
 
 
+def init_state(B: int, K: int, R: int, H: int) -> dict[str, Array]:
+    """What `state_step` adds to, before the first step."""
+    return {"state": jnp.zeros((B, K, R, H)), "t": jnp.zeros((), jnp.int32)}
+
+
+def state_step(
+    phi_q_B1NR: Float[Array, "B 1 N R"], phi_k_B1KR: Float[Array, "B 1 K R"], v_B1KH: Float[Array, "B 1 K H"], state_BKRH: Float[Array, "B K R H"], log_decay_BK: Array | None = None
+) -> tuple[Float[Array, "B 1 N H"], Float[Array, "B K R H"]]:
+    """(phi(q)' S, S) after S = exp(log_decay) S + phi(k) v': one step of the causal sums above, or of ops.decayed; float32."""
+    B, _, N, R = phi_q_B1NR.shape
+    K, H = v_B1KH.shape[2:]
+    q, k, v = (x.astype(state_BKRH.dtype) for x in (phi_q_B1NR.reshape(B, K, N // K, R), phi_k_B1KR[:, 0], v_B1KH[:, 0]))
+    if log_decay_BK is not None:
+        state_BKRH = state_BKRH * jnp.exp(log_decay_BK)[..., None, None]
+    state_BKRH = state_BKRH + k[..., :, None] * v[..., None, :]
+    return jnp.einsum("BKGR,BKRH->BKGH", q, state_BKRH).reshape(B, 1, N, H), state_BKRH
+
+
+def with_ones(v_BSKH: Array) -> Array:
+    """Values with a last one that is 1, float32: its weighted sum is the sum of the weights."""
+    return jnp.concatenate([v_BSKH.astype(jnp.float32), jnp.ones((*v_BSKH.shape[:3], 1))], axis=-1)
+
+
 def _scan(q_BTKGR, k_BSKR, v_BSKH):
     """Causal form: within a chunk by its masked square, across chunks by the running state."""
     B, T, K, G, R = q_BTKGR.shape

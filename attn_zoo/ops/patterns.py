@@ -96,6 +96,25 @@ CAUSAL = Band(ahead=0)
 
 
 @dataclasses.dataclass(frozen=True)
+class Every(Pattern):
+    """i - j is divisible by `stride`."""
+
+    stride: int
+
+    def mask(self, i, j):
+        return (i - j) % self.stride == 0
+
+    def blocks(self, i0, i1, j0, j1):
+        low, high = i0 - j1, i1 - j0  # i - j takes every whole number between these
+        some = high // self.stride * self.stride >= low
+        return some, some & ((low == high) | (self.stride == 1))
+
+    @property
+    def exact(self):
+        return True
+
+
+@dataclasses.dataclass(frozen=True)
 class BlockTable(Pattern):
     """Key blocks listed for every query block: j // block is in table[i // block]. Source of random and banded block patterns."""
 

@@ -1,0 +1,138 @@
+"""Encoder and decoder: one model with three settings, in which every variant may stand in three places."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from attn_zoo import VARIANTS, config
+from attn_zoo.attention import parse_variant
+from attn_zoo.models import Transformer, activation_bytes, flops_per_step, param_counts
+from attn_zoo.spec import Unsupported, UserError
+from attn_zoo.train import make_optimizer
+
+T, S, V, U = 10, 13, 11, 9
+
+
+def make(variant="full", *, source_vocab=U, seed=0, **fields):
+    model = config.Model(**({"D": 16, "layers": 2, "N": 2, "positions": "sinusoidal"} | fields))
+    sizes = dict(inputs_vocab=V, num_outputs=V, max_len=T, source_vocab=source_vocab, source_len=S)
+    return Transformer(model, variant=parse_variant(variant), causal=True, per_token=True, rngs=nnx.Rngs(seed), **sizes)
+
+
+def batch(seed=0):
+    keys = jax.random.split(jax.random.key(seed))
+    tokens, source = jax.random.randint(keys[0], (3, T), 0, V), jax.random.randint(keys[1], (3, S), 0, U)
+    return tokens, source, jnp.arange(S) < jnp.array([[S], [4], [8]])
+
+
+def names(model):
+    found = {"self": [b.mixer.attention for b in model.blocks], "cross": [b.cross.attention for b in model.blocks], "encoder": [b.mixer.attention for b in model.encoder.blocks]}
+    return {place: [a.variant.name for a in attentions] for place, attentions in found.items()}
+
+
+def test_the_swept_variant_stands_where_it_is_told():
+    assert names(make("local(window=3)")) == {"self": ["local"] * 2, "cross": ["full"] * 2, "encoder": ["local"] * 2}
+    assert names(make("linear", where=("cross",))) == {"self": ["full"] * 2, "cross": ["linear"] * 2, "encoder": ["full"] * 2}
+    assert names(make("[full, linear]", where=("decoder",), cross="topk(k=3)", encoder_layers=1)) == {"self": ["full", "linear"], "cross": ["topk"] * 2, "encoder": ["full"]}
+
+
+@pytest.mark.parametrize("name", [name for name, v in VARIANTS.items() if v.cross is True])
+def test_every_variant_that_claims_cross_reads_an_encoder_or_says_why_not(name):
+    build = lambda: make(name, where=("cross",), layers=1)
+    tokens, source, valid = batch()
+    try:
+        model = build()
+    except Unsupported as e:
+        assert "depends on the other queries" in str(e)
+        return
+    logits = jax.jit(lambda *a: model(a[0], source=a[1], source_valid=a[2]))(tokens, source, valid)
+    assert logits.shape == (3, T, V) and np.isfinite(logits).all()
+    moved = model(tokens, source=source.at[0, 2].add(1) % U, source_valid=valid)
+    assert (np.asarray(moved[0]) != np.asarray(logits[0])).any() or name == "hard", "the source is read"
+
+
+def test_what_is_not_causal_serves_in_the_encoder_alone():
+    with pytest.raises(Unsupported, match="linformer cannot be causal"):
+        make("linformer(rank=4)")
+    assert names(make("linformer(rank=4)", where=("encoder",)))["encoder"] == ["linformer"] * 2
+
+
+def test_padding_of_the_source_changes_nothing():
+    model = make()
+    tokens, source, valid = batch()
+    run = jax.jit(lambda source: model(tokens, source=source, source_valid=valid))
+    np.testing.assert_array_equal(run(source), run(jnp.where(valid, source, (source + 3) % U)))
+
+
+def test_later_targets_are_not_seen_and_the_whole_source_is():
+    model = make()
+    tokens, source, valid = batch()
+
+    def output(noise_T, noise_S):
+        inner = nnx.merge(*nnx.split(model))
+        plain, plain_source = inner.embedding, inner.encoder.embedding
+        inner.embedding = lambda ids, start=0: plain(ids, start) + noise_T
+        inner.encoder.embedding = lambda ids: plain_source(ids) + noise_S
+        return inner(tokens, source=source, source_valid=valid)[:, 4].sum()
+
+    by_target, by_source = jax.grad(output, (0, 1))(jnp.zeros((3, T, 16)), jnp.zeros((3, S, 16)))
+    assert (by_target[:, 5:] == 0).all() and (by_target[:, :5] != 0).any(axis=-1).all()
+    np.testing.assert_array_equal((by_source != 0).any(axis=-1), valid)
+
+
+def test_one_table_may_serve_source_and_target():
+    separate, shared = (param_counts(make(source_vocab=V, share_embeddings=share))["total"] for share in (False, True))
+    assert separate - shared == V * 16
+    with pytest.raises(UserError, match="share_embeddings=True: 40 source tokens do not fit 11"):
+        make(source_vocab=40, share_embeddings=True)
+    model = make(source_vocab=V, share_embeddings=True)
+    _, params, _ = nnx.split(model, nnx.Param, ...)
+    merged = nnx.merge(*nnx.split(model))
+    assert merged.encoder.embedding.tokens is merged.embedding.tokens
+    assert jax.tree.leaves(params)
+
+
+def test_a_decoder_alone_draws_what_it_drew_without_an_encoder():
+    """The parts of the decoder that both have start the same: an encoder draws after them."""
+    alone = Transformer(config.Model(D=16, layers=2, N=2, positions="sinusoidal"), variant=parse_variant("full"), inputs_vocab=V, num_outputs=V, max_len=T, causal=True, per_token=True, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(alone.embedding.tokens[...], make().embedding.tokens[...])
+
+
+def test_dropout_and_remat():
+    tokens, source, valid = batch()
+    model = make(dropout=0.5)
+    a, b = (model(tokens, source=source, source_valid=valid, key=jax.random.key(n)) for n in (0, 1))
+    assert (np.asarray(a) != np.asarray(b)).any()
+    kept, again = make(), make(remat=True)
+    gradient = lambda model: jax.grad(lambda s: (model(tokens, source=source, source_valid=valid) * s).sum())(1.0)
+    assert float(gradient(kept)) == pytest.approx(float(gradient(again)), rel=1e-5)
+
+
+def test_flops_and_memory_count_both_sides():
+    model = make()
+    c, B = model.config, 3
+    D, F = c.D, 4 * c.D
+    per_target = 2 * (4 * D * D + 2 * D * D + 2 * D * F)  # self-attention; queries and output of cross-attention; feed-forward
+    per_source = 2 * (4 * D * D + 2 * D * F) + 2 * 2 * D * D  # the encoder; keys and values of cross-attention
+    expected = 6 * B * (T * (per_target + V * D) + S * per_source)
+    flops = flops_per_step(model, B, T)
+    assert flops["model"] - flops["attention"] == expected
+    pairs = 2 * (T * (T + 1) / 2 + T * S + S * S)
+    assert flops["attention"] == 3 * 4 * B * D * pairs
+    assert activation_bytes(model, B, T) > activation_bytes(make(encoder_layers=1), B, T)
+
+
+def test_the_schedule_of_the_paper():
+    """lr sqrt(warmup / step) after `warmup` linear steps: eq. 3 of Vaswani et al. 2017 up to its constant."""
+    for step, share in ((0, 0.25), (1, 0.5), (3, 1.0), (15, 0.5), (63, 0.25)):
+        train = config.Train(steps=100, warmup=4, lr=0.1, schedule="inverse_sqrt", weight_decay=0.0, clip=1e9, b1=0.0, b2=0.0)
+        optimizer = make_optimizer(train)
+        params = {"x": jnp.zeros(1)}
+        state = optimizer.init(params)
+        state = jax.tree.map(lambda x: jnp.asarray(step, x.dtype) if x.ndim == 0 else x, state)
+        update, _ = optimizer.update({"x": jnp.ones(1)}, state, params)
+        assert float(-update["x"][0]) == pytest.approx(0.1 * share, rel=1e-3)
+    with pytest.raises(UserError, match="warmup=0: must be at least 1"):
+        config.Train(warmup=0, schedule="inverse_sqrt")
