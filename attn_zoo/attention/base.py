@@ -79,7 +79,7 @@ class Variant:
     foresight: str = ""  # causal in its gradients, an output may still depend on later positions through a choice; how. Then steps differ from the parallel form
 
 
-Cache = dict[str, Array]  # a decoder's state: 't', how many positions it has seen, and arrays that lead with B, a row a sequence
+Cache = dict[str, Any]  # a decoder's state: 't', how many positions it has seen, and arrays that lead with B, a row a sequence; parts may have caches of their own
 
 
 class Loss(nnx.Intermediate):

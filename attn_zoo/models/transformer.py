@@ -281,7 +281,7 @@ def flops_per_step(model: Transformer, B: int, T: int) -> dict[str, float]:
     return {"attention": float(attention), "model": float(attention + 6 * B * tokens)}
 
 
-def _matrices(blocks: nnx.List) -> int:
+def _matrices(blocks: nnx.Module) -> int:
     """Numbers in the matrices of blocks, without what is inside their attention variants."""
     inside = nnx.List([attention for block in blocks for attention in block.attentions])
     return _count(blocks, min_ndim=2) - _count(inside, min_ndim=2)
