@@ -3,13 +3,21 @@
 from attn_zoo.spec import UserError, nearest, parse_one
 from attn_zoo.tasks.base import Batch, Example, Task
 from attn_zoo.tasks.bytes import Bytes
+from attn_zoo.tasks.cloze import Cloze
+from attn_zoo.tasks.dates import Dates
 from attn_zoo.tasks.listops import ListOps
 from attn_zoo.tasks.mqar import Mqar
+from attn_zoo.tasks.sequences import Copy, Reverse, Sort
 
 TASKS: dict[str, type[Task]] = {
     "bytes": Bytes,
     "mqar": Mqar,
     "listops": ListOps,
+    "copy": Copy,
+    "reverse": Reverse,
+    "sort": Sort,
+    "dates": Dates,
+    "cloze": Cloze,
 }
 
 

@@ -22,6 +22,7 @@ from attn_zoo.spec import UserError, check, check_choice, check_int, check_numbe
 from attn_zoo.tasks import prepared
 from attn_zoo.tasks.base import Example, Task
 from attn_zoo.tasks.counts import count_model_score
+from attn_zoo.tasks.prepared import split_of
 
 MASK = 256  # the id after the 256 bytes
 SEPARATOR = b"\0"  # between two files; Python source holds none
@@ -174,12 +175,6 @@ def read_corpus(root: str) -> Corpus:
             f"{root} has {len(paths)} .py files, none for {', '.join(missing)}: run a Python that has its standard library as source"
         )
     return Corpus(str(root), tuple(sorted(paths)), digest.hexdigest(), num_bytes)
-
-
-def split_of(path: str) -> str:
-    """The split of a file, from its relative path alone: a file keeps it when others come or go."""
-    percent = int.from_bytes(hashlib.sha256(path.encode()).digest()[:8]) % 100
-    return "train" if percent < 90 else "validation" if percent < 95 else "test"
 
 
 class StdlibBytes(prepared.Builder):

@@ -1,0 +1,246 @@
+"""`dates`: dates as people write them in twenty languages, to ISO 8601, a character at a time: 'mercredi 11 novembre 2026' to '2026-11-11'.
+
+The words and patterns are those of the Unicode CLDR, by Babel, lower-cased. A day is training's, validation's or test's by its hash.
+Years have four digits everywhere, also where the CLDR writes two, and dates in digits are day first or year first in all these
+locales: so a text means one day, and none that is evaluated is ever trained on.
+"""
+
+import datetime
+import functools
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import babel
+import numpy as np
+import tensorflow_datasets as tfds
+from babel.dates import format_date, get_date_format
+
+from attn_zoo.spec import check, check_choice, check_int
+from attn_zoo.tasks import prepared
+from attn_zoo.tasks.pairs import RESERVED, PairTask, content, previous
+
+# Not en_US, nor any other that puts the month first in digits; not hr, whose listopad is October and that of pl and cs November.
+LOCALES = ("cs", "da", "de", "el", "en_GB", "es", "fi", "fr", "hu", "id", "it", "ja", "ko", "nl", "pl", "pt", "ru", "sv", "tr", "vi")
+
+FORMS = {  # the locale's own, and patterns (Unicode TR 35) that every locale fills with its words
+    "short": None,
+    "medium": None,
+    "long": None,
+    "full": None,
+    "slashes": "d/M/y",
+    "day_first": "d MMMM y",
+    "month_first": "MMMM d, y",
+    "year_first": "y MMM d",
+    "weekday": "EEE d MMM y",
+    "weekday_first": "EEEE, MMMM d, y",
+}
+
+SOURCE_SEPARATOR, TARGET_SEPARATOR = " ; ", " "
+TARGET_ALPHABET = "0123456789-" + TARGET_SEPARATOR
+SHORTEST, LONGEST = 8, 39  # characters of one date
+BIN = 4  # lengths of one date that share a probe
+
+
+@dataclass(frozen=True)
+class Options:
+    """`dates` stand in one source, ' ; ' between two, of years[0] to years[1]; `joined` makes one sequence, for a decoder alone.
+
+    Evaluation has no source twice, and where the options leave fewer than asked for, has those.
+    """
+
+    locales: tuple[str, ...] = LOCALES
+    forms: tuple[str, ...] = tuple(FORMS)
+    years: tuple[int, int] = (1900, 2099)
+    dates: int = 1
+    joined: bool = False
+    train_examples: int = 20_000
+    validation_examples: int = 1_000
+    test_examples: int = 1_000
+
+    def __post_init__(self):
+        for name in ("dates", "train_examples", "validation_examples", "test_examples"):
+            check_int(name, getattr(self, name), 1)
+        for name, known in (("locales", LOCALES), ("forms", FORMS)):
+            values = getattr(self, name)
+            check(isinstance(values, tuple) and values != (), name, values, f"must be a tuple of names, as in {tuple(known)[:2]}")
+            for value in values:
+                check_choice(name, value, known)
+            check(len(set(values)) == len(values), name, values, "names one twice")
+        years = self.years if isinstance(self.years, tuple) and len(self.years) == 2 else (0, 0)
+        whole = all(isinstance(year, int) and 1000 <= year <= 9999 for year in years)
+        check(whole and years[0] <= years[1], "years", self.years, "must be (first, last), both of four digits")
+        check_choice("joined", self.joined, (False, True))
+
+
+class Dates(PairTask):
+    """Written dates to ISO dates; a decoder's task, with an encoder or alone.
+
+    The probes length_M-N are of validation's days, each of one range of source lengths: all dates of a source from one bin of four characters.
+    """
+
+    name = "dates"
+    Options = Options
+
+    def __init__(self, options: Options, seq_len: int, data_dir: str):
+        super().__init__(options, seq_len, data_dir)
+        n = options.dates
+        self.lay_out(
+            source_vocab=RESERVED + len(alphabet()),
+            target_vocab=RESERVED + len(TARGET_ALPHABET) - (n == 1),  # without the separator
+            source_len=total_length(n, LONGEST, SOURCE_SEPARATOR),
+            target_len=total_length(n, len("2026-11-21"), TARGET_SEPARATOR),
+            joined=options.joined,
+        )
+
+    @functools.cached_property
+    def builder(self) -> prepared.Builder:
+        o = self.options
+        locales = "all" if set(o.locales) == set(LOCALES) else "-".join(sorted(o.locales))
+        forms = "all" if set(o.forms) == set(FORMS) else "-".join(sorted(o.forms))
+        sizes = {split: getattr(o, f"{split}_examples") for split in prepared.SPLITS}
+        name = "-".join(map(str, (f"babel{babel.__version__}", locales, forms, *o.years, f"dates{o.dates}", *sizes.values())))
+        layout = Layout(tuple(sorted(o.locales)), tuple(sorted(o.forms)), o.years, o.dates)
+        return prepared.prepare(DatesBuilder, prepared.Config(name=name, options=(layout, sizes)), self.data_dir)
+
+    @property
+    def probes(self) -> tuple[str, ...]:
+        """Which lengths there are depends on the locale data."""
+        return tuple(name for name in self.builder.info.splits if name not in prepared.SPLITS)
+
+    def pair(self, record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        return encode(record["source"].decode()), encode(record["target"].decode())
+
+    def text(self, ids: np.ndarray, source: bool = False) -> str:
+        return "".join(alphabet()[i - RESERVED] for i in content(ids))
+
+    def contexts(self, source: np.ndarray, target: np.ndarray) -> dict[str, np.ndarray]:
+        """Also the character before."""
+        return {**super().contexts(source, target), "bigram": previous(target)}
+
+    def provenance(self) -> dict[str, Any]:
+        return {**super().provenance(), "babel": babel.__version__}
+
+
+@functools.cache
+def alphabet() -> str:
+    """All characters, those of targets first, then those of the words and patterns of all locales in order."""
+    first = datetime.date(2001, 1, 1)
+    days = [first + datetime.timedelta(29 * i) for i in range(13)]  # all months, and all weekdays
+    seen = {c for day in days for locale in LOCALES for form in FORMS for c in write(day, locale, form)}
+    return TARGET_ALPHABET + "".join(sorted((seen | set(SOURCE_SEPARATOR)) - set(TARGET_ALPHABET)))
+
+
+@functools.cache
+def _ids() -> dict[str, int]:
+    return {c: RESERVED + i for i, c in enumerate(alphabet())}
+
+
+def encode(text: str) -> np.ndarray:
+    """The ids of a text, int32; those of TARGET_ALPHABET come first."""
+    ids = _ids()
+    return np.array([ids[c] for c in text], np.int32)
+
+
+def total_length(n: int, length: int, separator: str) -> int:
+    """Characters of n dates of this length, with separators."""
+    return n * length + (n - 1) * len(separator)
+
+
+def write(day: datetime.date, locale: str, form: str) -> str:
+    """A day as the locale writes it, lower-cased, with plain single spaces."""
+    return " ".join(format_date(day, pattern(locale, form), locale).lower().split())
+
+
+@functools.cache
+def pattern(locale: str, form: str) -> str:
+    """The pattern of a form, its year always in full."""
+    return FORMS[form] or re.sub(r"(?<!y)yy(?!y)", "y", get_date_format(form, locale).pattern)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a source is drawn from."""
+
+    locales: tuple[str, ...]
+    forms: tuple[str, ...]
+    years: tuple[int, int]
+    dates: int
+
+    def days(self, split: str) -> list[datetime.date]:
+        """The days of a split."""
+        first, last = datetime.date(self.years[0], 1, 1), datetime.date(self.years[1], 12, 31)
+        days = map(datetime.date.fromordinal, range(first.toordinal(), last.toordinal() + 1))
+        return [day for day in days if prepared.split_of(day.isoformat()) == split]
+
+
+Written = tuple[str, str]  # one date: as its locale writes it, and in ISO 8601
+
+
+def draw(layout: Layout, days: Sequence[datetime.date], rng: np.random.RandomState):
+    """Yields dates without end: day, locale and form are uniform. RandomState, because NumPy has frozen its streams (NEP 19)."""
+    while True:
+        day, locale, form = (choices[rng.randint(len(choices))] for choices in (days, layout.locales, layout.forms))
+        text = write(day, locale, form)
+        if SHORTEST <= len(text) <= LONGEST:
+            yield text, day.isoformat()
+
+
+def distinct(rows, n: int):
+    """The first n rows whose source is new, out of at most 20 n."""
+    seen = set()
+    for _, (source, target) in zip(range(20 * n), rows):
+        if source not in seen:
+            seen.add(source)
+            yield source, target
+        if len(seen) == n:
+            return
+
+
+def sources(dates, n: int):
+    """Yields (source, target) of n dates each."""
+    for row in zip(*[iter(dates)] * n):
+        yield SOURCE_SEPARATOR.join(text for text, _ in row), TARGET_SEPARATOR.join(iso for _, iso in row)
+
+
+class DatesBuilder(prepared.Builder):
+    """Dates as people write them, and in ISO 8601."""
+
+    name = "dates"
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "Uniform days, locales and forms on RandomState; days are split 90 / 5 / 5 by the SHA-256 of their ISO date."}
+
+    def features(self):
+        return {"source": tfds.features.Text(), "target": tfds.features.Text()}
+
+    @functools.cached_property
+    def probed(self) -> dict[str, list[Written]]:
+        """Dates of validation's days by the range of source lengths that sources made of them have, shortest first."""
+        layout, sizes = self.builder_config.options
+        rng = np.random.RandomState(len(prepared.SPLITS))
+        dates = zip(range(50 * sizes["validation"]), draw(layout, layout.days("validation"), rng))
+        bins = defaultdict(set)
+        for _, (text, iso) in dates:
+            bins[(len(text) - SHORTEST) // BIN].add((text, iso))
+        ends = lambda i: (SHORTEST + BIN * i, SHORTEST + BIN * i + BIN - 1)
+        name = lambda i: "length_{}-{}".format(*(total_length(layout.dates, end, SOURCE_SEPARATOR) for end in ends(i)))
+        return {name(i): sorted(bins[i]) for i in sorted(bins)}
+
+    def probes(self):
+        return tuple(self.probed)
+
+    def generate(self, split):
+        layout, sizes = self.builder_config.options
+        if split in self.probed:
+            dates, n = self.probed[split], sizes["validation"]
+            rng = np.random.RandomState(len(prepared.SPLITS) + 1 + list(self.probed).index(split))
+            drawn = (dates[i] for i in iter(lambda: rng.randint(len(dates)), None))
+        else:
+            n, rng = sizes[split], np.random.RandomState(prepared.SPLITS.index(split))
+            drawn = draw(layout, layout.days(split), rng)
+        rows = sources(drawn, layout.dates)
+        rows = (row for _, row in zip(range(n), rows)) if split == "train" else distinct(rows, n)
+        for source, target in rows:
+            yield {"source": source, "target": target}
