@@ -33,7 +33,7 @@ PAD, BLANK, UNKNOWN = 0, 1, 2  # the first ids; then those that unknown words ge
 RESERVED = 3
 BLANK_WORD = "[BLANK]"  # brackets are words of their own, so the text has none like it
 
-WORD = re.compile(r"[^\W\d]\w*|\d+|[^\w\s]")
+WORD = re.compile(r"[^\W\d]\w*|\d+|([^\w\s])\1*")  # a run of one sign is one word
 MIN_QUERY = 5  # words, with the full stop
 DOCSTRINGS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -208,20 +208,22 @@ def read_text(content: bytes) -> Text:
 def split_sentences(docstring: str) -> list[list[str]]:
     """The words of each sentence; a paragraph ends one, too."""
     paragraphs = re.split(r"\n\s*\n", docstring)
-    sentences = [WORD.findall(sentence) for paragraph in paragraphs for sentence in re.split(r"(?<=[.!?])\s+", paragraph)]
-    return [words for words in sentences if words]
+    sentences = [sentence for paragraph in paragraphs for sentence in re.split(r"(?<=[.!?])\s+", paragraph)]
+    return [[match.group() for match in WORD.finditer(sentence)] for sentence in sentences if sentence.strip()]
 
 
 def clozes(text: Text, document: int, query: int) -> Iterator[dict[str, Any]]:
-    """An example of each sentence and identifier in it that the document has too, if it has another candidate."""
+    """An example of each sentence and identifier in it that the document has too, if it has another candidate and not the sentence itself."""
     for start, stop in text.sentences:
         sentence = text.words[start:stop]
-        if not (MIN_QUERY <= len(sentence) <= query and sentence[-1] in ".!?" and sentence[0] != ">"):  # '>>>' begins code
+        if not (MIN_QUERY <= len(sentence) <= query and sentence[-1] in ".!?" and sentence[0] != ">>>"):  # which begins code
             continue
         right = len(text.words) - stop
         before = min(start, max(document // 2, document - right))
         around = text.words[start - before : start] + text.words[stop : stop + document - before]
         candidates = np.array([word in text.identifiers for word in around], bool)
+        if f" {' '.join(sentence)} " in f" {' '.join(around)} ":
+            continue
         found = {word for word, is_candidate in zip(around, candidates) if is_candidate}
         for answer in dict.fromkeys(word for word in sentence if word in found):
             if len(found) > 1:

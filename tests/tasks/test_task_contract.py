@@ -11,6 +11,7 @@ import pytest
 
 from attn_zoo.spec import UserError
 from attn_zoo.tasks import TASKS, load_task, prepared
+from attn_zoo.tasks.pairs import PairTask
 
 SMALL = "train_examples=40, validation_examples=10, test_examples=5"
 CASES = {
@@ -19,7 +20,14 @@ CASES = {
     "mqar-random": (f"mqar({SMALL})", 64),
     "mqar-clean": (f"mqar(filler='clean', pairs=4, vocab=10, {SMALL})", 33),
     "listops-short": (f"listops(form='short', {SMALL})", 130),
+    "copy": (f"copy(vocab=9, max_length=6, {SMALL})", 13),
+    "reverse-joined": (f"reverse(joined=True, longest=20, {SMALL})", 43),
+    "sort": (f"sort({SMALL})", 40),
+    "dates": (f"dates({SMALL})", 11),
+    "dates-joined": (f"dates(dates=2, joined=True, locales=('en_GB', 'ja'), {SMALL})", 104),
+    "cloze": ("cloze(document=32, query=24, vocab=80, unknowns=8)", 30),
 }
+CORPORA = ("bytes", "cloze")  # which have as many examples as they have text
 
 
 @pytest.fixture(params=CASES.values(), ids=CASES.keys())
@@ -37,15 +45,27 @@ def assert_same(batches, others):
 
 
 def check_batch(task, batch, B):
-    T = task.seq_len
+    T, S = task.seq_len, task.source_len
     target_shape = (B, T) if task.per_token else (B,)
     shapes = {"inputs": (B, T), "targets": target_shape, "weights": target_shape, "valid": (B, T)}
     dtypes = {"inputs": np.int32, "targets": np.int32, "weights": np.float32, "valid": np.bool_}
+    assert (S > 0) == (task.source_vocab > 0)
+    if S:
+        shapes |= {"source": (B, S), "source_valid": (B, S)}
+        dtypes |= {"source": np.int32, "source_valid": np.bool_}
+        assert batch["source"].min() >= 0 and batch["source"].max() < task.source_vocab
+    if task.name == "cloze":
+        shapes["candidates"], dtypes["candidates"] = (B, S), np.bool_
     assert {name: array.shape for name, array in batch.items()} == shapes
     assert {name: array.dtype for name, array in batch.items()} == dtypes
     assert batch["inputs"].min() >= 0 and batch["inputs"].max() < task.inputs_vocab
     assert batch["targets"].min() >= 0 and batch["targets"].max() < task.num_outputs
     assert set(np.unique(batch["weights"])) <= {0.0, 1.0}
+
+
+def seen(batch):
+    """All that a model sees of each row, [B, S + T]."""
+    return np.concatenate([batch.get("source", batch["inputs"][:, :0]), batch["inputs"]], axis=1)
 
 
 @pytest.mark.parametrize("B", [1, 6])
@@ -109,9 +129,9 @@ def test_evaluation_is_always_the_same_and_never_wraps(task):
     assert_same(batches, task.eval_batches(4, tokens=10**9))
     for batch in batches:
         check_batch(task, batch, 4)
-    rows = np.concatenate([batch["inputs"][batch["valid"].any(axis=1)] for batch in batches])
+    rows = np.concatenate([seen(batch)[batch["valid"].any(axis=1)] for batch in batches])
     assert len(np.unique(rows, axis=0)) == len(rows)
-    if task.name != "bytes":
+    if task.name not in CORPORA:
         assert len(rows) == 10
 
 
@@ -130,19 +150,29 @@ def test_evaluation_has_at_least_one_sequence(task):
 
 def test_splits_have_different_examples(task):
     validation, test = (task.eval_batches(1, tokens=10**9, split=split) for split in ("validation", "test"))
-    assert not {b["inputs"].tobytes() for b in validation} & {b["inputs"].tobytes() for b in test}
+    assert not {seen(b).tobytes() for b in validation} & {seen(b).tobytes() for b in test}
 
 
 def test_training_has_none_of_the_evaluated_examples(task):
-    evaluated = {b["inputs"].tobytes() for b in task.eval_batches(1, tokens=10**9)}
-    trained = {row.tobytes() for batch in itertools.islice(task.train_iterator(8, seed=0), 20) for row in batch["inputs"]}
+    evaluated = {seen(b).tobytes() for split in ("validation", *task.probes) for b in task.eval_batches(1, tokens=10**9, split=split)}
+    trained = {row.tobytes() for batch in itertools.islice(task.train_iterator(8, seed=0), 20) for row in seen(batch)}
     assert not evaluated & trained
+
+
+def test_probes_are_evaluated_as_validation_is(task):
+    for probe in task.probes:
+        batches = task.eval_batches(3, tokens=10**9, split=probe)
+        rows = np.concatenate([seen(batch)[batch["valid"].any(axis=1)] for batch in batches])
+        assert 1 <= len(np.unique(rows, axis=0)) == len(rows)
+        for batch in batches:
+            check_batch(task, batch, 3)
 
 
 def test_floors_are_scores_in_the_units_of_evaluation(task):
     assert task.floors()
     for score in task.floors().values():
         assert 0 <= score["eval_accuracy"] < 1 and 0 < score["eval_loss"] < 6
+        assert ("eval_exact" in score) == isinstance(task, PairTask) and 0 <= score.get("eval_exact", 0) <= score["eval_accuracy"]
         assert ("eval_bits_per_byte" in score) == (task.loss_name == "bits_per_byte")
         if "eval_bits_per_byte" in score:
             assert score["eval_bits_per_byte"] == pytest.approx(score["eval_loss"] / np.log(2))
@@ -151,7 +181,7 @@ def test_floors_are_scores_in_the_units_of_evaluation(task):
 def test_provenance_names_dataset_version_and_sizes(task):
     provenance = task.provenance()
     assert provenance["version"] == "1.0.0" and provenance["dataset"] and provenance["config"]
-    assert set(provenance["num_examples"]) == set(prepared.SPLITS) and min(provenance["num_examples"].values()) > 0
+    assert set(provenance["num_examples"]) == {*prepared.SPLITS, *task.probes} and min(provenance["num_examples"].values()) > 0
 
 
 PREPARE = "import sys; from attn_zoo.tasks import load_task; t = load_task({spec!r}, 64, sys.argv[1]); t.prepare(); print(t.builder.data_dir)"
@@ -206,6 +236,19 @@ def test_a_cached_array_is_never_seen_in_part(make_task):
         ("listops(form='long')", 2048, "form='long': must be one of 'lra', 'short'"),
         ("listops(min_length=100, max_length=120)", 256, "max_length=120: must be at least 1.5 * min_length = 150"),
         ("listops(min_length=3000, max_length=9000)", 9000, "min_length=3000: must be at most 2000"),
+        ("copy", 32, "seq_len=32: must be at least 33, to hold a target of 32 and END"),
+        ("sort(max_length=5, joined=True)", 20, "seq_len=20: must be at least 21, to hold a source of 10, BEGIN and a target of 10"),
+        ("reverse(longest=15)", 64, "longest=15: must be a whole number of at least 16, or None"),
+        ("reverse(vocab=8)", 64, "min_length=4: there are 4096 of that length with vocab=8, too few to set some apart; use at least 6"),
+        ("copy(joined='yes')", 64, "joined='yes': must be one of False, True"),
+        ("dates", 10, "seq_len=10: must be at least 11, to hold a target of 10 and END"),
+        ("dates(dates=2, joined=True)", 64, "seq_len=64: must be at least 103, to hold a source of 81, BEGIN and a target of 21"),
+        ("dates(locales=('fr', 'en_UK'))", 64, "locales='en_UK': must be one of 'cs', 'da'"),
+        ("dates(locales='fr')", 64, "locales='fr': must be a tuple of names, as in ('cs', 'da')"),
+        ("dates(forms=('long', 'long'))", 64, "forms=('long', 'long'): names one twice"),
+        ("dates(years=(2000, 1999))", 64, "years=(2000, 1999): must be (first, last), both of four digits"),
+        ("cloze(query=100)", 64, "seq_len=64: must be at least query=100"),
+        ("cloze(vocab=64)", 64, "vocab=64: must be a whole number of at least 68"),
         ("mqar, bytes", 64, "expected one name(option=value)"),
     ],
 )
