@@ -102,6 +102,10 @@ class Cloze(RecordTask):
         words = prepared.cached_json(self.builder, "words", by_frequency)[: self.options.vocab - first]
         return {BLANK_WORD: BLANK, **{word: first + i for i, word in enumerate(words)}}
 
+    def prepare(self) -> None:
+        super().prepare()
+        self.vocabulary  # cached on disk
+
     def train_example(self, record: dict[str, Any], rng: np.random.Generator) -> Example:
         return self._example(record, rng.permutation(self.options.unknowns))
 
@@ -128,9 +132,10 @@ class Cloze(RecordTask):
         }
 
     def floors(self) -> dict[str, dict[str, float]]:
-        """Guesses among the document's identifiers, on validation: uniform, by how often they are there, also without the query's own, and by answers of training.
+        """Guesses among the document's identifiers, on validation.
 
-        The second and third are the maximum and the exclusive frequency of Hermann et al. 2015, sec. 4.
+        Uniform; by how often each is there; the same without those of the query; by how often each was an answer in training, plus one. and third are the maximum and
+        the exclusive frequency of Hermann et al. 2015, sec. 4.
         """
 
         def compute():
