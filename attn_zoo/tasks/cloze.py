@@ -134,8 +134,8 @@ class Cloze(RecordTask):
     def floors(self) -> dict[str, dict[str, float]]:
         """Guesses among the document's identifiers, on validation.
 
-        Uniform; by how often each is there; the same without those of the query; by how often each was an answer in training, plus one. and third are the maximum and
-        the exclusive frequency of Hermann et al. 2015, sec. 4.
+        Uniform; by how often each is there; the same without those of the query; by how often each was an answer in training, plus one.
+        The second and third are the maximum and the exclusive frequency of Hermann et al. 2015, sec. 4.
         """
 
         def compute():

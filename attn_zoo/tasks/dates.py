@@ -1,4 +1,4 @@
-"""`dates`: dates as people write them in twenty languages, to ISO 8601, a character at a time: 'mercredi 11 novembre 2026' to '2026-11-11'.
+"""`dates`: dates as people write them in twenty languages, to ISO 8601, a character at a time: 'samedi 21 novembre 2026' to '2026-11-21'.
 
 The words and patterns are those of the Unicode CLDR, by Babel, lower-cased. A day is training's, validation's or test's by its hash.
 Years have four digits everywhere, also where the CLDR writes two, and dates in digits are day first or year first in all these
