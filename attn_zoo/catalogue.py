@@ -39,7 +39,20 @@ def refusals(variant: Variant) -> list[str]:
         found.append(f"cannot attend across sequences: {variant.cross}")
     if variant.bound is not None:
         found.append(f"is never exactly full attention: {variant.bound.why}")
+    if variant.causal is True and variant.decode is not True:
+        found.append(f"generates by feeding the sequence again: {variant.decode}")
+    if variant.foresight:
+        found.append(f"may generate otherwise than it was trained: {variant.foresight}")
     return found
+
+
+def state_growth(variant: Variant) -> str:
+    """How a decoder's state grows with T, in words."""
+    if variant.causal is not True:
+        return "–"
+    if variant.decode is not True:
+        return "re-fed"
+    return {0.0: "constant", 1.0: "T"}.get(variant.state_order, f"T^{variant.state_order:g}")
 
 
 def readme_zoo() -> str:
@@ -47,8 +60,8 @@ def readme_zoo() -> str:
     rows = []
     for name, v in VARIANTS.items():
         able = ["✓" if getattr(v, claim) is True else "–" for claim in ("causal", "cross")]
-        rows.append((f"[`{name}`](docs/zoo.md#{name})", v.family, f"`{v.complexity}`".replace("|", "\\|"), *able, f"{_authors(v)} {v.paper.year}"))
-    return tabulate(rows, headers=("variant", "family", "cost", "causal", "cross", "paper"), tablefmt="github") + "\n"
+        rows.append((f"[`{name}`](docs/zoo.md#{name})", v.family, f"`{v.complexity}`".replace("|", "\\|"), *able, state_growth(v), f"{_authors(v)} {v.paper.year}"))
+    return tabulate(rows, headers=("variant", "family", "cost", "causal", "cross", "state of generation", "paper"), tablefmt="github") + "\n"
 
 
 def zoo_page() -> str:
@@ -68,6 +81,8 @@ def zoo_page() -> str:
             lines += ["", f"- Spec: `{_defaults(v)}`. {_prose(v.options.__doc__)}"]
             lines += [f"- Cost: `{v.complexity}`; time grows as T^{v.time_order:g} and memory as T^{v.memory_order:g} at the defaults."]
             lines += [f"- Can do: {_able(v) or 'self-attention without a causal mask'}, padding." + "".join(f" It {_prose(r)}." for r in refusals(v))]
+            if v.decode is True and v.causal is True:
+                lines += [f"- Generation keeps a state that grows as T^{v.state_order:g} at the defaults." if v.state_order else "- Generation keeps a state of one size, whatever the length."]
             limit = v.exact_when(64)
             lines += [f"- Equals `full` at T = 64 as `{Spec(v.name, tuple(limit.items()))}`."] if limit is not None else []
             lines += [f"- {_plain(v.paper.authors).replace(' and ', '; ')}: *{_plain(v.paper.title)}*. {_plain(v.paper.venue)}, {v.paper.year}. `{v.paper.key}`"]

@@ -255,3 +255,28 @@ def test_the_computed_window_follows_the_spans_and_changes_nothing_but_cost(monk
     assert widest.compilations == 1
     for loss in ("train_loss", "eval_loss"):
         assert_close(trained.curve[loss], widest.curve[loss], atol=1e-4)  # the large steps magnify what rounding differs
+
+
+def test_label_smoothing_is_cross_entropy_with_smoothed_targets_in_training_alone():
+    import optax
+
+    model, _, params, rest, batch = steps_of(make_cell())
+    logits = model.bind(params, rest)(jnp.asarray(batch["inputs"]))
+    smoothed = optax.smooth_labels(jax.nn.one_hot(batch["targets"], logits.shape[-1]), 0.2)
+    expected = (optax.softmax_cross_entropy(logits, smoothed) * batch["weights"]).sum()
+    sums, _ = model.sums(params, rest, batch, None, smoothing=0.2)
+    assert float(sums["objective"]) == pytest.approx(float(expected), rel=1e-5)
+    plain, _ = model.sums(params, rest, batch, None)
+    assert float(plain["objective"]) == float(plain["entropy"]) == pytest.approx(float(sums["entropy"]))
+
+
+def test_exact_match_counts_examples_without_a_mistake():
+    """Batches hold rows without any scored target (padding of the last one), which count nowhere."""
+    model, steps, params, rest, batch = steps_of(make_cell())
+    logits = np.asarray(model.bind(params, rest)(jnp.asarray(batch["inputs"])))
+    targets, weights = logits.argmax(axis=-1), np.ones(logits.shape[:2], np.float32)
+    targets[1, 3] = (targets[1, 3] + 1) % 8
+    targets[2, 5], weights[2, 5] = (targets[2, 5] + 1) % 8, 0  # a mistake that is not scored
+    weights[3] = 0
+    sums = steps.forward(params, rest, {**batch, "targets": jnp.asarray(targets), "weights": jnp.asarray(weights)})
+    assert (int(sums["exact"]), int(sums["examples"])) == (2, 3)
