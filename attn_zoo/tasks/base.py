@@ -37,6 +37,7 @@ class Task(abc.ABC):
     image_shape: tuple[int, int, int] | None = None  # of a source that is a picture
     probes: tuple[str, ...] = ()  # further splits that eval_batches knows, each scored by itself at the end (one length, one language ...)
     loss_name: str = "loss"  # the headline: nats, or "bits_per_byte" (nats / ln 2)
+    allow_download: bool = False  # whether preparing may fetch what is not on this machine
 
     def __init__(self, options: Any, seq_len: int, data_dir: str):
         self.options = options

@@ -115,10 +115,13 @@ def content(ids: Iterable[int]) -> list[int]:
 
 def pair(source: np.ndarray, target: np.ndarray, S: int, T: int) -> Example:
     """For an encoder and a decoder."""
+    return {"source": _padded(source, S), "source_valid": np.arange(S) < len(source), **shifted(target, T)}
+
+
+def shifted(target: np.ndarray, T: int) -> Example:
+    """For a decoder: what it reads and what it is to say, whatever its source."""
     valid = np.arange(T) <= len(target)
     return {
-        "source": _padded(source, S),
-        "source_valid": np.arange(S) < len(source),
         "inputs": _padded(np.append(BEGIN, target), T),
         "targets": _padded(np.append(target, END), T),
         "weights": valid.astype(np.float32),

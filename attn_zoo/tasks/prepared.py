@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import tempfile
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from typing import Any
 import filelock
 import numpy as np
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core.download import extractor
+
+from attn_zoo.spec import UserError
 
 SPLITS = ("train", "validation", "test")
 
@@ -58,17 +62,35 @@ def raw_array(dtype: Any, *shape: int | None) -> tfds.features.Tensor:
 
 def prepare(builder_class: type[Builder], config: Config, data_dir: str) -> Builder:
     """The builder with its data on disk. Processes that ask at the same time wait for the one that prepares."""
+    with _quiet():
+        return _prepare_once(lambda: builder_class(config=config, data_dir=data_dir, file_format="array_record"), data_dir)
 
-    def make() -> Builder:
-        return builder_class(config=config, data_dir=data_dir, file_format="array_record")
 
+def fetch(make: Callable[[], tfds.core.DatasetBuilder], data_dir: str, allow_download: bool) -> tfds.core.DatasetBuilder:
+    """The builder that `make` makes, of a dataset of others, with its data on disk.
+
+    Raises UserError before anything is downloaded, unless that is allowed.
+    """
     with _quiet():
         builder = make()
-        if not builder.is_prepared():  # TFDS renames a finished dataset into place, so what exists is whole
-            os.makedirs(data_dir, exist_ok=True)
-            with filelock.FileLock(os.path.join(data_dir, f".{builder.name}-{config.name}.lock")):
-                builder = make()
-                builder.download_and_prepare()
+    if builder.is_prepared():
+        return builder
+    if not allow_download:
+        whole = sum(url.size for url in (builder.url_infos or {}).values())  # TFDS keeps the sizes of all configurations together
+        size = f"{builder.info.download_size}" if builder.info.download_size else f"at most {tfds.core.utils.Size(whole)}" if whole else "of unknown size"
+        raise UserError(f"{builder.info.full_name} is not in data_dir={data_dir!r}; it would be downloaded ({size}), which --allow_download permits")
+    tfds.enable_progress_bar()  # gigabytes take a while
+    with _extraction_without_tensorflow():
+        return _prepare_once(make, data_dir)
+
+
+def _prepare_once(make: Callable[[], Any], data_dir: str) -> Any:
+    builder = make()
+    if not builder.is_prepared():  # TFDS renames a finished dataset into place, so what exists is whole
+        os.makedirs(data_dir, exist_ok=True)
+        with filelock.FileLock(os.path.join(data_dir, f".{builder.info.full_name.replace('/', '-')}.lock")):
+            builder = make()
+            builder.download_and_prepare()
     return builder
 
 
@@ -97,13 +119,18 @@ def cached_array(builder: Builder, name: str, compute: Callable[[], np.ndarray])
     return np.load(path, mmap_mode="r")
 
 
+def cached_bytes(builder: tfds.core.DatasetBuilder, name: str, compute: Callable[[], bytes]) -> bytes:
+    """The same for a file of any format; `name` has its ending."""
+    path = Path(builder.data_path) / name
+    if not path.exists():
+        content = compute()
+        _write(path, lambda f: f.write(content))
+    return path.read_bytes()
+
+
 def cached_json(builder: Builder, name: str, compute: Callable[[], Any]) -> Any:
     """The same for small JSON content."""
-    path = Path(builder.data_path) / f"{name}.json"
-    if not path.exists():
-        content = json.dumps(compute(), indent=1).encode()
-        _write(path, lambda f: f.write(content))
-    return json.loads(path.read_bytes())
+    return json.loads(cached_bytes(builder, f"{name}.json", lambda: json.dumps(compute(), indent=1).encode()))
 
 
 def _write(path: Path, write: Callable[[Any], Any]) -> None:
@@ -117,6 +144,17 @@ def _write(path: Path, write: Callable[[Any], Any]) -> None:
         except BaseException:
             os.unlink(f.name)
             raise
+
+
+@contextlib.contextmanager
+def _extraction_without_tensorflow():
+    """TFDS unpacks archives with the standard library, but opens files by TensorFlow's GFile: here by `open`."""
+    of = types.SimpleNamespace
+    original, extractor.tf = extractor.tf, of(compat=of(as_text=os.fspath), io=of(gfile=of(GFile=open)))
+    try:
+        yield
+    finally:
+        extractor.tf = original
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@ import hashlib
 
 import numpy as np
 import pytest
+import tiny_translation  # noqa: F401: registers a set with TFDS
 
 from attn_zoo.spec import parse_one
 from attn_zoo.tasks import TASKS, Bytes, Cloze, load_task
@@ -65,7 +66,7 @@ def make_task(data_dir, corpus_root, docs_root):
         parsed = parse_one(spec)
         if (task := TASKS[parsed.name]) in roots:
             return task(parsed.resolve("task", task.Options), seq_len, data_dir, root=str(roots[task]))
-        return load_task(spec, seq_len, data_dir)
+        return load_task(spec, seq_len, data_dir, allow_download=True)  # of tiny_translation, which has nothing to download
 
     return make
 

@@ -26,6 +26,9 @@ CASES = {
     "dates": (f"dates({SMALL})", 11),
     "dates-joined": (f"dates(dates=2, joined=True, locales=('en_GB', 'ja'), {SMALL})", 104),
     "cloze": ("cloze(document=32, query=24, vocab=80, unknowns=8)", 30),
+    "shapes": (f"shapes({SMALL})", 20),
+    "translate": ("translate(dataset='tiny_translation/de-en', vocab=300)", 64),
+    "translate-joined": ("translate(dataset='tiny_translation/de-en', vocab=300, joined=True)", 128),
 }
 CORPORA = ("bytes", "cloze")  # which have as many examples as they have text
 
@@ -50,6 +53,9 @@ def check_batch(task, batch, B):
     shapes = {"inputs": (B, T), "targets": target_shape, "weights": target_shape, "valid": (B, T)}
     dtypes = {"inputs": np.int32, "targets": np.int32, "weights": np.float32, "valid": np.bool_}
     assert (S > 0) == (task.source_vocab > 0)
+    if task.image_shape:
+        shapes, dtypes = shapes | {"source": (B, *task.image_shape)}, dtypes | {"source": np.float32}
+        assert 0 <= batch["source"].min() and batch["source"].max() <= 1
     if S:
         shapes |= {"source": (B, S), "source_valid": (B, S)}
         dtypes |= {"source": np.int32, "source_valid": np.bool_}
