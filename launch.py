@@ -25,6 +25,7 @@ SEEDS = flags.DEFINE_list("seeds", None, "Seeds instead of the experiment's.")
 SET = flags.DEFINE_multi_string("set", [], "A setting of the experiment, e.g. --set train.steps=500; may be repeated.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where records, tables and figures go; results/<name of the experiment> by default.")
 DATA_DIR = flags.DEFINE_string("data_dir", "data", "Where prepared datasets are kept.")
+ALLOW_DOWNLOAD = flags.DEFINE_bool("allow_download", False, "Let a task download the data that it needs; without it, the message says what and how much.")
 RETRY = flags.DEFINE_bool("retry", False, "Run cells again that ended in error or timeout.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the cells with estimated FLOPs and memory, and run nothing.")
 LIST = flags.DEFINE_bool("list", False, "Print the zoo: options, complexity, abilities and papers.")
@@ -90,7 +91,7 @@ def _sweep(experiment: Experiment, workdir: str) -> int:
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stop is a stop, whoever asks
     try:
-        records = sweep.run(experiment, workdir, DATA_DIR.value, Display(), retry=RETRY.value)
+        records = sweep.run(experiment, workdir, DATA_DIR.value, Display(), retry=RETRY.value, allow_download=ALLOW_DOWNLOAD.value)
     except KeyboardInterrupt:
         print(f"\nstopped; what is done is in {workdir}. The same command goes on from there.", file=sys.stderr)
         return 130

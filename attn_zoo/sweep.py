@@ -68,7 +68,7 @@ def check_same_sweep(workdir: str, mine: dict, theirs: dict) -> None:
             raise UserError(f"workdir {workdir} belongs to another sweep: there {where} is {b!r}, here {a!r}; choose another --workdir")
 
 
-def run(experiment: Experiment, workdir: str, data_dir: str, display: Display, retry: bool = False) -> list[dict[str, Any]]:
+def run(experiment: Experiment, workdir: str, data_dir: str, display: Display, retry: bool = False, allow_download: bool = False) -> list[dict[str, Any]]:
     """Runs the cells that have no record yet, one at a time, and returns the records of all. With `retry`, also those that failed.
 
     On KeyboardInterrupt the running cell is stopped with its children, and the interrupt goes on to the caller.
@@ -83,12 +83,12 @@ def run(experiment: Experiment, workdir: str, data_dir: str, display: Display, r
     try:
         with lock:
             claim(workdir, experiment, todo)
-            return _run_claimed(experiment, todo, workdir, data_dir, display, retry)
+            return _run_claimed(experiment, todo, workdir, data_dir, display, retry, allow_download)
     except filelock.Timeout:
         raise UserError(f"another sweep is running in {workdir}; wait for it, or choose another --workdir") from None
 
 
-def _run_claimed(experiment, todo, workdir, data_dir, display, retry):
+def _run_claimed(experiment, todo, workdir, data_dir, display, retry, allow_download):
     asked = {cell.id for cell in todo}
     done = {r["id"]: r for r in load_records(workdir) if r["id"] in asked}
     left = [c for c in todo if c.id not in done or (retry and done[c.id]["status"] in FAILED)]
@@ -97,7 +97,7 @@ def _run_claimed(experiment, todo, workdir, data_dir, display, retry):
         if left:
             # Once, before anything is timed; the longest sequences ask most of the data.
             display.note(f"preparing {experiment.task}")
-            load_task(experiment.task, max(experiment.seq_lens), data_dir).prepare()
+            load_task(experiment.task, max(experiment.seq_lens), data_dir, allow_download).prepare()
         for cell in left:
             display.start(cell)
             done[cell.id] = run_cell(cell, workdir, data_dir, experiment.timeout_s, display)

@@ -1,0 +1,18 @@
+"""The small Transformer on sequences read backwards, at the lengths it was trained on and beyond: exact match by length is in the records' `probes`.
+
+    python launch.py --config=experiments/reverse.py
+    python launch.py --config=experiments/reverse.py --set task=sort
+    python launch.py --config=experiments/reverse.py --seq_lens=65 --set "task=reverse(joined=True)"       # a decoder alone
+"""
+
+from attn_zoo.config import Experiment, Measure, Model, Train
+
+experiment = Experiment(
+    name="reverse",
+    task="reverse",
+    variants=("full",),
+    seq_lens=(33,),  # 32 symbols, twice as many as in training, and their end
+    model=Model(D=96, layers=2, N=4, positions="sinusoidal"),
+    train=Train(steps=2000, tokens_per_step=64 * 33, lr=2e-3, warmup=200, eval_tokens=33_000),
+    measure=Measure(modes=("train_step",)),
+)
