@@ -14,7 +14,7 @@ from attn_zoo import train
 from attn_zoo.attention import VARIANTS
 from attn_zoo.attention.base import Variant
 from attn_zoo.config import Cell, Experiment
-from attn_zoo.models import activation_bytes, flops_per_step, param_counts
+from attn_zoo.models import param_counts
 from attn_zoo.spec import Spec, Unsupported
 from attn_zoo.sweep import cells
 from attn_zoo.tasks import load_task
@@ -149,9 +149,9 @@ def _estimate(cell: Cell, data_dir: str) -> tuple:
     except Unsupported as e:
         return 0.0, None, None, None, f"unsupported: {e}"
     B = train.batch_size(cell)
-    flops, params = flops_per_step(model, B, cell.seq_len)["model"], param_counts(model)["total"]
+    flops, params = model.flops_per_step(B, cell.seq_len)["model"], param_counts(model)["total"]
     # Parameters, gradients and Adam's two moments, all float32, and what the backward pass needs of the forward.
-    memory = 16 * params + activation_bytes(model, B, cell.seq_len)
+    memory = 16 * params + model.activation_bytes(B, cell.seq_len)
     return flops * cell.train.steps, params, flops / 1e9, memory / 2**20, ""
 
 

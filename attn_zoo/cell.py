@@ -24,7 +24,7 @@ from attn_zoo import measure, provenance, train
 from attn_zoo.attention import find, parse_variant
 from attn_zoo.checkpoints import Checkpoints
 from attn_zoo.config import Cell
-from attn_zoo.models import flops_per_step, param_counts
+from attn_zoo.models import BODIES, param_counts
 from attn_zoo.results import write_record
 from attn_zoo.spec import Unsupported, UserError
 from attn_zoo.tasks import Task, load_task
@@ -62,10 +62,11 @@ def _fill(record: dict, cell: Cell, workdir: str, data_dir: str, report: Callabl
         seconds[name], clock = seconds.get(name, 0.0) + now - clock, now
 
     report(phase="prepare")
-    specs = parse_variant(cell.variant)
+    body = BODIES[cell.model.body]
+    found = [(spec, *find(spec, body.registry, body.kind)) for spec in parse_variant(cell.variant, body.registry, body.kind)]
     task = load_task(cell.task, cell.seq_len, data_dir)
-    record["config"] = {"variant": [{"name": spec.name} | dataclasses.asdict(find(spec)[1]) for spec in specs], "task": dataclasses.asdict(task.options)}
-    record["paper"] = list({p["key"]: p for p in (dataclasses.asdict(find(spec)[0].paper) for spec in specs)}.values())
+    record["config"] = {"variant": [{"name": spec.name} | dataclasses.asdict(options) for spec, _, options in found], "task": dataclasses.asdict(task.options)}
+    record["paper"] = list({p["key"]: p for p in (dataclasses.asdict(entry.paper) for _, entry, _ in found)}.values())
     model = train.Model(cell, task)
     record["params"] = param_counts(model.abstract)
     record["loss_name"] = task.loss_name
@@ -93,7 +94,7 @@ def _fill(record: dict, cell: Cell, workdir: str, data_dir: str, report: Callabl
 
     report(phase="measure")
     bound = model.bind(trained.state["params"], trained.state["rest"])
-    flops = flops_per_step(bound, B, cell.seq_len)
+    flops = bound.flops_per_step(B, cell.seq_len)
     record["flops"] = {"attention_per_step": flops["attention"], "model_per_step": flops["model"] - flops["attention"], "useful_per_step": flops["model"]}
     record["attention"] = _plans(bound, cell.seq_len, task)
     record["tokens_per_step"] = B * cell.seq_len
@@ -113,7 +114,7 @@ def _fill(record: dict, cell: Cell, workdir: str, data_dir: str, report: Callabl
 def _plans(model, T: int, task: Task) -> dict[str, Any]:
     """What ran in each layer; `backend` is one name, or those that differ, joined."""
     plans = [attention.plan(queries, keys, masked=task.padded) for attention, queries, keys in model.attentions(T)]
-    return {"backend": ", ".join(dict.fromkeys(plan["backend"] for plan in plans)), "layers": plans}
+    return {"backend": ", ".join(dict.fromkeys(plan["backend"] for plan in plans)) or "xla", "layers": plans}
 
 
 def _measure(cell: Cell, task: Task, model: train.Model, mesh, trained: train.Trained) -> tuple[dict, dict, dict]:

@@ -19,7 +19,12 @@ def _check_choices(node: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """The Transformer that all variants share; fields in capitals are the letters of attention/base.py."""
+    """The model that all variants share; fields in capitals are the letters of attention/base.py.
+
+    With body='recurrent' a variant is an alignment (attn_zoo.models.recurrent), of the fields those that have a meaning there are D, layers,
+    encoder_layers, cell, dropout and dtype.
+    """
+
 
     D: int = 256  # model dim
     layers: int = 4
@@ -40,6 +45,8 @@ class Model:
     pool: Literal["mean", "first"] = "mean"  # how an encoder's output becomes one vector to classify
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are float32
     remat: bool = False  # recompute each block in the backward pass
+    body: Literal["transformer", "recurrent"] = "transformer"
+    cell: Literal["gru", "lstm"] = "gru"  # of a recurrent body
 
     def __post_init__(self):
         for name in ("D", "layers", "N"):

@@ -19,6 +19,7 @@ import filelock
 
 from attn_zoo.attention import parse_variants, variant_text
 from attn_zoo.config import Cell, Experiment
+from attn_zoo.models import BODIES
 from attn_zoo.ops.backends import check_backend
 from attn_zoo.progress import Display
 from attn_zoo.results import load_records, load_sweep, record_path, write_record
@@ -31,7 +32,8 @@ SHARED = ("name", "task", "model", "attention", "train", "measure")  # what all 
 
 def cells(experiment: Experiment, data_dir: str) -> list[Cell]:
     """Length by length, every variant, every seed; with variants in canonical form. Raises UserError for anything no cell could run with."""
-    variants = [specs for text in experiment.variants for specs in parse_variants(text)]
+    body = BODIES[experiment.model.body]
+    variants = [specs for text in experiment.variants for specs in parse_variants(text, body.registry, body.kind)]
     for specs in variants:
         layers = experiment.model.layers
         check(len(specs) <= layers, "variants", variant_text(specs), f"lists {len(specs)} layers, but model.layers={layers}")

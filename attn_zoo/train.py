@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from attn_zoo import config
 from attn_zoo.attention import Attention, Drawn, Loss, ScoreFunction, Statistic, parse_variant
 from attn_zoo.measure import compile_timed
-from attn_zoo.models import Transformer, compiler_options
+from attn_zoo.models import BODIES, compiler_options
 from attn_zoo.tasks.base import Batch, Task
 
 if TYPE_CHECKING:
@@ -36,13 +36,15 @@ class Diverged(Exception):
 
 
 class Model:
-    """A Transformer as a static graph and two pure dicts of arrays: what is trained, and the rest."""
+    """A model as a static graph and two pure dicts of arrays: what is trained, and the rest."""
 
     def __init__(self, cell: config.Cell, task: Task):
-        def build() -> Transformer:
-            return Transformer(
+        body = BODIES[cell.model.body]
+
+        def build() -> nnx.Module:
+            return body.build(
                 cell.model,
-                variant=parse_variant(cell.variant),
+                variant=parse_variant(cell.variant, body.registry, body.kind),
                 attention=cell.attention,
                 inputs_vocab=task.inputs_vocab,
                 num_outputs=task.num_outputs,
@@ -51,6 +53,7 @@ class Model:
                 per_token=task.per_token,
                 source_vocab=task.source_vocab,
                 source_len=task.source_len,
+                image_shape=task.image_shape,
                 rngs=nnx.Rngs(cell.seed),
             )
 
@@ -72,7 +75,7 @@ class Model:
 
         return jax.jit(init)()
 
-    def bind(self, params: dict, rest: dict) -> Transformer:
+    def bind(self, params: dict, rest: dict) -> nnx.Module:
         """The module with these arrays in it."""
         states = []
         for template, pure in ((self._params, params), (self._rest, rest)):
@@ -95,7 +98,7 @@ class Model:
         leaves = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(nnx.state(self.bind(params, rest), Statistic)))[0]
         return {".".join(str(k.key) for k in path): np.asarray(value).tolist() for path, value in leaves}
 
-    def logits(self, model: Transformer, batch: Batch, key: jax.Array | None) -> jax.Array:
+    def logits(self, model: nnx.Module, batch: Batch, key: jax.Array | None) -> jax.Array:
         """What the model makes of a batch."""
         source = {"source": batch["source"], "source_valid": batch.get("source_valid")} if "source" in batch else {}
         return model(batch["inputs"], valid_BT=batch["valid"] if self.padded else None, key=key, **source)

@@ -1,5 +1,8 @@
 """The zoo: the registry of attention variants, and how one is made from a spec."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 
@@ -86,29 +89,29 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
-def find(spec: str | Spec) -> tuple[Variant, object]:
+def find(spec: str | Spec, registry: Mapping[str, Any] = VARIANTS, kind: str = "attention variant") -> tuple[Any, object]:
     """The registry entry and the validated options of one spec. Raises UserError with the nearest valid name."""
     spec = parse_one(spec) if isinstance(spec, str) else spec
-    if spec.name not in VARIANTS:
-        raise UserError(f"there is no attention variant {spec.name!r}; {nearest(spec.name, VARIANTS)}")
-    variant = VARIANTS[spec.name]
-    return variant, spec.resolve("attention variant", variant.options)
+    if spec.name not in registry:
+        raise UserError(f"there is no {kind} {spec.name!r}; {nearest(spec.name, registry)}")
+    entry = registry[spec.name]
+    return entry, spec.resolve(kind, entry.options)
 
 
-def canonical(spec: Spec) -> Spec:
+def canonical(spec: Spec, registry: Mapping[str, Any] = VARIANTS, kind: str = "attention variant") -> Spec:
     """The one text of what a spec means: known options in their order, defaults left out."""
-    return spec.canonical("attention variant", find(spec)[0].options)
+    return spec.canonical(kind, find(spec, registry, kind)[0].options)
 
 
-def parse_variants(text: str) -> list[list[Spec]]:
+def parse_variants(text: str, registry: Mapping[str, Any] = VARIANTS, kind: str = "attention variant") -> list[list[Spec]]:
     """The entries of a sweep, 'full, [local(window=128), full]', each as the list of specs that its layers cycle through, in canonical form."""
     entries = [entry if isinstance(entry, list) else [entry] for entry in parse(text)]
-    return [[canonical(spec) for spec in entry] for entry in entries]
+    return [[canonical(spec, registry, kind) for spec in entry] for entry in entries]
 
 
-def parse_variant(text: str) -> list[Spec]:
+def parse_variant(text: str, registry: Mapping[str, Any] = VARIANTS, kind: str = "attention variant") -> list[Spec]:
     """One entry of a sweep."""
-    entries = parse_variants(text)
+    entries = parse_variants(text, registry, kind)
     if len(entries) != 1:
         raise UserError(f"expected one variant, or a [list] to cycle over layers; got {text!r}")
     return entries[0]

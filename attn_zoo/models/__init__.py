@@ -1,6 +1,8 @@
 """Models: they know the registry of attention variants and nothing above it."""
 
+from attn_zoo.models.bodies import BODIES, Body
+from attn_zoo.models.recurrent import ALIGNMENTS, Recurrent
 from attn_zoo.models.remat import compiler_options
-from attn_zoo.models.transformer import Transformer, activation_bytes, flops_per_step, param_counts
+from attn_zoo.models.transformer import Transformer, param_counts
 
-__all__ = ["Transformer", "activation_bytes", "compiler_options", "flops_per_step", "param_counts"]
+__all__ = ["ALIGNMENTS", "BODIES", "Body", "Recurrent", "Transformer", "compiler_options", "param_counts"]

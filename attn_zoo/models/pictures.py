@@ -156,6 +156,36 @@ class ConvolutionNet(nnx.Module):
         return x_Bhwc
 
 
+    def sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of what each stage makes."""
+        grids = [self.image_shape[:2]]
+        for stage in self.stages:
+            grids.append(tuple(-(-n // stage.into.stride) for n in grids[-1]))
+        return grids[1:]
+
+    def multiply_adds(self) -> int:
+        """Of one picture: every kernel at every cell of what it makes, and the projections around an attention layer."""
+        total = sum(h * w * (stage.into.kernel.size + stage.branch.kernel.size) for (h, w), stage in zip(self.sizes(), self.stages))
+        if self.attention is not None:
+            h, w = self.sizes()[self.attention_after]
+            mixer = self.attention.mixer
+            keys = 0 if mixer.shares_query_key else mixer.key.size
+            total += h * w * (mixer.query.size + keys + mixer.value.size + mixer.out.size)
+        return total
+
+    def kept(self) -> int:
+        """About how many numbers the backward pass needs of one picture: the inputs of every convolution, norm and rectifier."""
+        return sum(7 * h * w * stage.branch.kernel.shape[-1] for (h, w), stage in zip(self.sizes(), self.stages))
+
+
+def cells_of(image_shape: tuple[int, int, int], channels: Sequence[int] = CHANNELS) -> int:
+    """S, how many cells a picture of this shape has at the end of a ConvolutionNet."""
+    h, w, _ = image_shape
+    for _ in channels[1:]:
+        h, w = -(-h // 2), -(-w // 2)
+    return h * w
+
+
 class ConvolutionEncoder(nnx.Module):
     """A picture to a sequence of features that a decoder attends to, as in Xu et al. 2015, sec. 3.1.1: one for each cell of the last grid, S = h w.
 
@@ -181,6 +211,15 @@ class ConvolutionEncoder(nnx.Module):
         place_hwD = math.sqrt(D) * (self.rows[...][:, None] + self.columns[...])
         x_BhwD = jnp.einsum("Bhwc,cD->BhwD", x_Bhwc, self.out[...].astype(self.dtype)) + place_hwD.astype(self.dtype)
         return x_BhwD.reshape(len(x_BhwD), self.source_len, D)
+
+
+    def multiply_adds(self) -> int:
+        """Of one picture, outside an attention variant."""
+        return self.net.multiply_adds() + self.source_len * self.out.size
+
+    def kept(self) -> int:
+        """About how many numbers the backward pass needs of one picture."""
+        return self.net.kept() + 2 * self.source_len * self.out.shape[1]
 
 
 class PictureClassifier(nnx.Module):

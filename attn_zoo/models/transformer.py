@@ -20,6 +20,7 @@ from attn_zoo.attention import make_attention, parse_variant
 from attn_zoo.attention.base import Attention, Cache
 from attn_zoo.models.layers import EMBEDDING_STD, NORMS, Embedding, FeedForward, default_ffn_dim, dropout, normal
 from attn_zoo.models.multi_head import MultiHeadAttention
+from attn_zoo.models.pictures import ConvolutionEncoder, cells_of
 from attn_zoo.models.remat import rematerialized
 from attn_zoo.spec import Spec, Unsupported, UserError
 
@@ -93,6 +94,7 @@ class Encoder(nnx.Module):
 
     def __init__(self, model: config.Model, attentions: Sequence[Attention], *, vocab: int, max_len: int, rngs: nnx.Rngs):
         self.config = model
+        self.max_len = max_len
         self.embedding = Embedding(vocab, model.D, model.positions, max_len, attentions[0].dims.dtype, rngs)
         self.blocks = nnx.List([Block(dataclasses.replace(model, layers=len(attentions)), attention, rngs=rngs) for attention in attentions])
         if model.norm_position == "pre":
@@ -100,6 +102,25 @@ class Encoder(nnx.Module):
 
     def __call__(self, source_BS: Int[Array, "B S"], *, valid_BS: Bool[Array, "B S"] | None = None, key: Key[Array, ""] | None = None) -> Float[Array, "B S D"]:
         return run_blocks(self, self.embedding(source_BS), valid_BS, key)
+
+
+    def multiply_adds(self) -> int:
+        """Of one source of full length, outside its attention variants."""
+        mix = 2 * self.config.D**2 if self.config.positions == "sinusoidal_concat" else 0
+        return self.max_len * (_matrices(self.blocks) + mix)
+
+    def kept(self) -> int:
+        """About how many numbers the backward pass needs of one source of full length."""
+        return self.max_len * kept_by_blocks(self.config, len(self.blocks), cross=False)
+
+
+def kept_by_blocks(c: config.Model, layers: int, cross: bool) -> int:
+    """About how many numbers a position of these blocks keeps for the backward pass."""
+    heads = 2 * (c.N + c.num_kv_heads) * c.head_dim  # queries, keys, values and the output
+    block = (1 + cross) * (2 * c.D + heads)  # each a norm and a residual sum, attention
+    if c.ffn != "none":
+        block += 2 * c.D + (4 if c.ffn == "swiglu" else 2) * (c.F or default_ffn_dim(c.D, c.ffn))
+    return layers * (c.D if c.remat else block) + (block if c.remat else 0) + 3 * c.D  # with remat, one block that is being recomputed
 
 
 def run_blocks(stack: nnx.Module, x_BTD: Array, valid_BT: Array | None, key: Array | None, *memory: Array | None) -> Array:
@@ -136,6 +157,7 @@ class Transformer(nnx.Module):
         per_token: bool,
         source_vocab: int = 0,
         source_len: int = 0,
+        image_shape: tuple[int, int, int] | None = None,
         rngs: nnx.Rngs,
     ):
         self.tied = model.tie_embeddings and per_token
@@ -147,6 +169,9 @@ class Transformer(nnx.Module):
             raise UserError(f"[{', '.join(map(str, variant))}] lists {len(variant)} layers, but layers={model.layers}; list at most {model.layers}")
         self.config = model
         self.max_len = max_len
+        if image_shape is not None:
+            source_len = cells_of(image_shape)
+        self.reads_picture = image_shape is not None
         self.source_len = source_len
         self.num_outputs = num_outputs
         self.per_token = per_token
@@ -182,7 +207,10 @@ class Transformer(nnx.Module):
             self.final_norm = NORMS[model.norm](model.D)
         if not self.tied:
             self.readout = normal(rngs.params(), (num_outputs, model.D), EMBEDDING_STD)
-        if reads:
+        if self.reads_picture:
+            # The swept variant has no place in it; what attends to the grid of features is the decoder.
+            self.encoder = ConvolutionEncoder(image_shape, model.D, dtype=dtype, backend=attention.backend, rngs=rngs)
+        elif reads:
             attentions = [make(encoder, layer, "encoder", source_len, False) for layer in range(model.encoder_layers or model.layers)]
             self.encoder = Encoder(model, attentions, vocab=source_vocab, max_len=source_len, rngs=rngs)
             if model.share_embeddings:
@@ -192,7 +220,7 @@ class Transformer(nnx.Module):
         """(attention, queries, keys) of every layer of the model, for T positions and a source of full length."""
         S = self.source_len
         found = [(attention, T, S if n else T) for block in self.blocks for n, attention in enumerate(block.attentions)]
-        return found + [(block.mixer.attention, S, S) for block in (self.encoder.blocks if S else ())]
+        return found + [(block.mixer.attention, S, S) for block in (self.encoder.blocks if S and not self.reads_picture else ())]
 
     def __call__(
         self,
@@ -219,6 +247,8 @@ class Transformer(nnx.Module):
 
     def encode(self, source: Array, source_valid: Array | None = None, key: Array | None = None) -> Float[Array, "B S D"]:
         """The memory that the decoder reads."""
+        if self.reads_picture:
+            return self.encoder(source, key=key)
         if source.shape[1] > self.source_len:
             raise UserError(f"a source of {source.shape[1]} is over source_len={self.source_len} that this model was built for")
         return self.encoder(source, valid_BS=source_valid, key=key)
@@ -239,6 +269,38 @@ class Transformer(nnx.Module):
             x_B1D = self.final_norm(x_B1D)
         return self._read_out(x_B1D[:, 0]), new
 
+    def attention_modules(self) -> list[Attention]:
+        """What of the model is attention."""
+        return [attention for attention, _, _ in self.attentions(self.max_len)]
+
+    def flops_per_step(self, B: int, T: int) -> dict[str, float]:
+        """Useful FLOPs of one training step, forward and backward: of the `attention` variants alone, and of the whole `model`.
+
+        Every matrix costs 2 FLOPs a parameter and token forward and twice that backward (Kaplan et al. 2020, sec. 2.1): 6 in
+        all. Embedding look-ups, norms and what remat recomputes count nothing. A source counts at its full length. The model may be abstract (nnx.eval_shape).
+        """
+        c, S = self.config, self.source_len
+        attention = 3 * sum(layer.flops(B, queries, keys) for layer, queries, keys in self.attentions(T))
+        tokens = T * _matrices(self.blocks) + self.num_outputs * c.D * (T if self.per_token else 1)
+        if S:
+            # Keys and values of cross-attention are of the source's tokens, the rest of a decoder block of the target's.
+            of_memory = sum(p.size for block in self.blocks for p in (block.cross.value[...], *(() if block.cross.shares_query_key else (block.cross.key[...],))))
+            tokens += self.encoder.multiply_adds() + (S - T) * of_memory
+        if c.positions == "sinusoidal_concat":
+            tokens += 2 * c.D * c.D * T
+        return {"attention": float(attention), "model": float(attention + 6 * B * tokens)}
+
+    def activation_bytes(self, B: int, T: int) -> float:
+        """An estimate of what a training step keeps for its backward pass: the inputs of every product, norm and nonlinearity, and the logits twice.
+
+        What attention keeps beyond its inputs and outputs is O(T) in every variant and not counted. The model may be abstract.
+        """
+        c = self.config
+        width = 2 if c.dtype == "bfloat16" else 4
+        logits = 2 * 4 * self.num_outputs * (T if self.per_token else 1)
+        encoder = self.encoder.kept() if self.source_len else 0
+        return float(B * (width * (T * kept_by_blocks(c, c.layers, cross=self.source_len > 0) + encoder) + logits))
+
     def _read_out(self, features: Array) -> Array:
         readout_VD = self.embedding.tokens[: self.num_outputs] if self.tied else self.readout[...]
         return jnp.einsum("...D,VD->...V", features, readout_VD.astype(features.dtype), preferred_element_type=jnp.float32)
@@ -258,27 +320,9 @@ def split_key(key: Array | None, n: int) -> list[Array | None]:
     return [None] * n if key is None else list(jax.random.split(key, n))
 
 
-def param_counts(model: Transformer) -> dict[str, int]:
+def param_counts(model: nnx.Module) -> dict[str, int]:
     """Trained numbers in the whole model (`total`) and inside its attention variants (`attention`), shared ones counted once."""
-    return {"total": _count(model), "attention": _count(_attentions(model))}
-
-
-def flops_per_step(model: Transformer, B: int, T: int) -> dict[str, float]:
-    """Useful FLOPs of one training step, forward and backward: of the `attention` variants alone, and of the whole `model`.
-
-    Every matrix costs 2 FLOPs a parameter and token forward and twice that backward (Kaplan et al. 2020, sec. 2.1): 6 in
-    all. Embedding look-ups, norms and what remat recomputes count nothing. A source counts at its full length. `model` may be abstract (nnx.eval_shape).
-    """
-    c, S = model.config, model.source_len
-    attention = 3 * sum(layer.flops(B, queries, keys) for layer, queries, keys in model.attentions(T))
-    tokens = T * _matrices(model.blocks) + model.num_outputs * c.D * (T if model.per_token else 1)
-    if S:
-        # Keys and values of cross-attention are of the source's tokens, the rest of a decoder block of the target's.
-        of_memory = sum(p.size for block in model.blocks for p in (block.cross.value[...], *(() if block.cross.shares_query_key else (block.cross.key[...],))))
-        tokens += S * _matrices(model.encoder.blocks) + (S - T) * of_memory
-    if c.positions == "sinusoidal_concat":
-        tokens += 2 * c.D * c.D * (T + S)
-    return {"attention": float(attention), "model": float(attention + 6 * B * tokens)}
+    return {"total": _count(model), "attention": _count(nnx.List(model.attention_modules()))}
 
 
 def _matrices(blocks: nnx.Module) -> int:
@@ -287,30 +331,5 @@ def _matrices(blocks: nnx.Module) -> int:
     return _count(blocks, min_ndim=2) - _count(inside, min_ndim=2)
 
 
-def _attentions(model: Transformer) -> nnx.Module:
-    return nnx.List([attention for attention, _, _ in model.attentions(model.max_len)])
-
-
 def _count(module: nnx.Module, min_ndim: int = 0) -> int:
     return sum(p.size for p in jax.tree.leaves(nnx.state(module, nnx.Param)) if p.ndim >= min_ndim)
-
-
-def activation_bytes(model: Transformer, B: int, T: int) -> float:
-    """An estimate of what a training step keeps for its backward pass: the inputs of every product, norm and nonlinearity, and the logits twice.
-
-    What attention keeps beyond its inputs and outputs is O(T) in every variant and not counted. `model` may be abstract.
-    """
-    c, S = model.config, model.source_len
-    heads = 2 * (c.N + c.num_kv_heads) * c.head_dim  # queries, keys, values and the output
-    block = 2 * c.D + heads  # a norm and a residual sum, attention
-    if c.ffn != "none":
-        block += 2 * c.D + (4 if c.ffn == "swiglu" else 2) * (c.F or default_ffn_dim(c.D, c.ffn))
-    decoder = block + (2 * c.D + heads if S else 0)
-    width = 2 if c.dtype == "bfloat16" else 4
-
-    def stack(block, layers):
-        return layers * (c.D if c.remat else block) + (block if c.remat else 0) + 3 * c.D  # with remat, one block that is being recomputed
-
-    logits = 2 * 4 * model.num_outputs * (T if model.per_token else 1)
-    encoder = S * stack(block, c.encoder_layers or c.layers) if S else 0
-    return float(B * (width * (T * stack(decoder, c.layers) + encoder) + logits))

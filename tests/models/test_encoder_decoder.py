@@ -8,7 +8,7 @@ from flax import nnx
 
 from attn_zoo import VARIANTS, config
 from attn_zoo.attention import parse_variant
-from attn_zoo.models import Transformer, activation_bytes, flops_per_step, param_counts
+from attn_zoo.models import Transformer, param_counts
 from attn_zoo.spec import Unsupported, UserError
 from attn_zoo.train import make_optimizer
 
@@ -117,11 +117,11 @@ def test_flops_and_memory_count_both_sides():
     per_target = 2 * (4 * D * D + 2 * D * D + 2 * D * F)  # self-attention; queries and output of cross-attention; feed-forward
     per_source = 2 * (4 * D * D + 2 * D * F) + 2 * 2 * D * D  # the encoder; keys and values of cross-attention
     expected = 6 * B * (T * (per_target + V * D) + S * per_source)
-    flops = flops_per_step(model, B, T)
+    flops = model.flops_per_step(B, T)
     assert flops["model"] - flops["attention"] == expected
     pairs = 2 * (T * (T + 1) / 2 + T * S + S * S)
     assert flops["attention"] == 3 * 4 * B * D * pairs
-    assert activation_bytes(model, B, T) > activation_bytes(make(encoder_layers=1), B, T)
+    assert model.activation_bytes(B, T) > make(encoder_layers=1).activation_bytes(B, T)
 
 
 def test_the_schedule_of_the_paper():

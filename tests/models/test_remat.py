@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from attn_zoo.attention.base import Loss
-from attn_zoo.models import activation_bytes, compiler_options
+from attn_zoo.models import compiler_options
 
 CASES = {
     "probe": dict(variant="probe", layers=1, causal=True, dropout=0.3, norm_position="post"),
@@ -72,6 +72,6 @@ def test_memory_shrinks_to_about_what_is_estimated(build):
         loss = lambda params, x: jnp.square(nnx.merge(graph, params)(x)).mean()
         lowered = jax.jit(jax.grad(loss)).lower(params, jnp.zeros((4, 256), int))
         planned[remat] = lowered.compile(compiler_options=compiler_options(model.config)).memory_analysis().temp_size_in_bytes
-        estimated[remat] = activation_bytes(model, 4, 256)
+        estimated[remat] = model.activation_bytes(4, 256)
     assert planned[True] < 0.6 * planned[False]
     assert all(1 / 3 < planned[remat] / estimated[remat] < 3 for remat in (False, True))

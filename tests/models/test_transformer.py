@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
-from attn_zoo.models import activation_bytes, flops_per_step, param_counts
+from attn_zoo.models import param_counts
 from attn_zoo.spec import Unsupported, UserError
 
 POSITIONS = ("learned", "sinusoidal", "sinusoidal_concat", "rotary", "none")
@@ -239,9 +239,9 @@ def test_blocks_without_feed_forward(build):
     D, layers = 8, 2
     whole, alone = build("full"), build("full", ffn="none")
     assert param_counts(whole)["total"] - param_counts(alone)["total"] == layers * (2 * D * 4 * D + 2 * D)
-    difference = flops_per_step(whole, 3, 10)["model"] - flops_per_step(alone, 3, 10)["model"]
+    difference = whole.flops_per_step(3, 10)["model"] - alone.flops_per_step(3, 10)["model"]
     assert difference == 6 * 3 * 10 * layers * 2 * D * 4 * D
-    assert activation_bytes(whole, 3, 10) - activation_bytes(alone, 3, 10) == 4 * 3 * 10 * layers * (2 * D + 2 * 4 * D)
+    assert whole.activation_bytes(3, 10) - alone.activation_bytes(3, 10) == 4 * 3 * 10 * layers * (2 * D + 2 * 4 * D)
     first_out, out = whole.blocks[0].mixer.out[...], alone.blocks[0].mixer.out[...]
     np.testing.assert_allclose(out, math.sqrt(2) * first_out, rtol=1e-6)
     with pytest.raises(UserError, match="F=16: has no meaning with ffn='none'"):
@@ -259,17 +259,17 @@ def test_flops_count_matrices_readout_and_useful_pairs(build):
     B, T, D, F = 3, 10, 8, 32
     dense = 2 * (4 * D * D + 2 * D * F)
     pairs = 4 * B * T * T * D
-    assert flops_per_step(build("full"), B, T) == {"attention": 3 * 2 * pairs, "model": 3 * 2 * pairs + 6 * B * T * (dense + D * 10)}
-    pooled = flops_per_step(build("full", per_token=False, num_outputs=5, positions="sinusoidal_concat"), B, T)
+    assert build("full").flops_per_step(B, T) == {"attention": 3 * 2 * pairs, "model": 3 * 2 * pairs + 6 * B * T * (dense + D * 10)}
+    pooled = build("full", per_token=False, num_outputs=5, positions="sinusoidal_concat").flops_per_step(B, T)
     assert pooled["model"] - pooled["attention"] == 6 * B * (T * (dense + 2 * D * D) + D * 5)
-    assert flops_per_step(build("full", causal=True), B, T)["attention"] == 3 * 2 * pairs * (T + 1) / (2 * T)
+    assert build("full", causal=True).flops_per_step(B, T)["attention"] == 3 * 2 * pairs * (T + 1) / (2 * T)
     linformer = build("[linformer(rank=4), full]")  # its projections are counted by the variant, not as dense layers
-    assert flops_per_step(linformer, B, T)["attention"] == 3 * sum(block.mixer.attention.flops(B, T, T) for block in linformer.blocks)
-    assert flops_per_step(linformer, B, T)["model"] - flops_per_step(linformer, B, T)["attention"] == 6 * B * T * (dense + D * 10)
+    assert linformer.flops_per_step(B, T)["attention"] == 3 * sum(block.mixer.attention.flops(B, T, T) for block in linformer.blocks)
+    assert linformer.flops_per_step(B, T)["model"] - linformer.flops_per_step(B, T)["attention"] == 6 * B * T * (dense + D * 10)
 
 
 def test_an_abstract_model_is_counted_without_being_built(build):
     for variant in ("full", "linformer(rank=4, share='layers')", "adaptive_span(max_span=12, init=3)"):
         abstract, model = nnx.eval_shape(lambda: build(variant)), build(variant)
-        assert param_counts(abstract) == param_counts(model) and flops_per_step(abstract, 2, 12) == flops_per_step(model, 2, 12)
-        assert activation_bytes(abstract, 2, 12) == activation_bytes(model, 2, 12)
+        assert param_counts(abstract) == param_counts(model) and abstract.flops_per_step(2, 12) == model.flops_per_step(2, 12)
+        assert abstract.activation_bytes(2, 12) == model.activation_bytes(2, 12)

@@ -1,0 +1,38 @@
+"""What a cell's model can be, by model.body: the Transformer, whose variants are the zoo, or a recurrent model, whose variants are alignments."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flax import nnx
+
+from attn_zoo import config
+from attn_zoo.attention import VARIANTS
+from attn_zoo.models.recurrent import ALIGNMENTS, Recurrent
+from attn_zoo.models.transformer import Transformer
+from attn_zoo.spec import Spec, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Body:
+    """`registry` holds what a variant of this body may be, `kind` is what they are called, `build` makes the model."""
+
+    registry: Mapping[str, Any]
+    kind: str
+    build: Callable[..., nnx.Module]  # (config.Model, *, variant, attention, rngs, and the sizes of a task) -> model
+
+
+def _recurrent(
+    model: config.Model, *, variant: list[Spec], attention: config.Attention, inputs_vocab: int, num_outputs: int, max_len: int, causal: bool, per_token: bool, rngs: nnx.Rngs, **source: Any
+) -> Recurrent:
+    if len(variant) > 1:
+        raise UserError(f"[{', '.join(map(str, variant))}]: a recurrent model has one alignment, not one a layer")
+    if source.pop("image_shape", None) is not None:
+        raise UserError("a recurrent model reads source tokens; for pictures use model.body='transformer'")
+    return Recurrent(model, alignment=variant[0], inputs_vocab=inputs_vocab, num_outputs=num_outputs, max_len=max_len, rngs=rngs, **source)
+
+
+BODIES = {
+    "transformer": Body(VARIANTS, "attention variant", Transformer),
+    "recurrent": Body(ALIGNMENTS, "alignment", _recurrent),
+}
