@@ -98,11 +98,11 @@ def _fill(record: dict, cell: Cell, workdir: str, data_dir: str, report: Callabl
     record["flops"] = {"attention_per_step": flops["attention"], "model_per_step": flops["model"] - flops["attention"], "useful_per_step": flops["model"]}
     record["attention"] = _plans(bound, cell.seq_len, task)
     record["tokens_per_step"] = B * cell.seq_len
-    record["compile"], record["speed"], record["memory"] = _measure(cell, task, model, mesh, trained)
-    if "decode" in cell.measure.modes:
+    if "decode" in cell.measure.modes:  # before the train step is timed, to which the state is given away
         record["decode"] = _measure_decode(cell, model, trained)
-        if "forward" in record["speed"]:
-            record["decode"]["refeed_tokens_per_s"] = B / record["speed"]["forward"]["median_s"]
+    record["compile"], record["speed"], record["memory"] = _measure(cell, task, model, mesh, trained)
+    if "decode" in cell.measure.modes and "forward" in record["speed"]:
+        record["decode"]["refeed_tokens_per_s"] = B / record["speed"]["forward"]["median_s"]
     if "train_step" in record["speed"]:
         record["tokens_per_s"] = record["tokens_per_step"] / record["speed"]["train_step"]["median_s"]
     record["calibration"] = {"matmul_flops_per_s": rates | {"after": measure.matmul_flops_per_s(cell.model.dtype)}}

@@ -56,7 +56,8 @@ def documented() -> set[str]:
 
 def spelled_out(record) -> set[str]:
     """The documented keys, with the record's modes and floors in the places of <mode> and <name>."""
-    return {k.replace("<mode>", mode).replace("<name>", name) for k in documented() for mode in MODES for name in record["floors"]}
+    keys = {k for k in documented() if not k.startswith("probes.")}  # of tasks that have some
+    return {k.replace("<mode>", mode).replace("<name>", name) for k in keys for mode in MODES if mode != "decode" for name in record["floors"]}
 
 
 def holds(content, key: str) -> bool:
@@ -76,7 +77,7 @@ def test_every_documented_key_is_there(record):
 def test_every_key_is_documented(record):
     keys = spelled_out(record)
     found = {f"{a}.{b}" for a, inner in record.items() if isinstance(inner, dict) for b in inner} | {a for a, x in record.items() if not isinstance(x, dict)}
-    known = lambda key: any(k == key or k.startswith(f"{key}.") or key.startswith(f"{k}.") for k in keys)
+    known = lambda key: key == "probes" or any(k == key or k.startswith(f"{key}.") or key.startswith(f"{k}.") for k in keys)
     assert sorted(k for k in found if not known(k)) == []
 
 
@@ -92,21 +93,37 @@ def test_the_record_says_which_cell_this_is(trained):
 
 def test_metrics_are_those_of_the_curve(record):
     curve = record["curve"]
-    assert record["metrics"] == {"train_loss": curve["train_loss"][-1], "eval_loss": curve["eval_loss"][-1], "eval_accuracy": record["metrics"]["eval_accuracy"]}
+    scores = {name: record["metrics"][name] for name in ("eval_accuracy", "eval_exact")}
+    assert record["metrics"] == {"train_loss": curve["train_loss"][-1], "eval_loss": curve["eval_loss"][-1], **scores}
     assert curve["step"] == list(range(1, 31)) and curve["eval_step"] == [30]
-    assert 0 < record["metrics"]["eval_loss"] < 10 and 0 <= record["metrics"]["eval_accuracy"] <= 1
+    assert 0 < record["metrics"]["eval_loss"] < 10 and 0 <= scores["eval_exact"] <= scores["eval_accuracy"] <= 1
     assert record["floors"]["own values"]["eval_accuracy"] == 1 / 2
 
 
 def test_speeds_are_consistent(record):
-    assert set(record["speed"]) == set(record["compile"]) == set(MODES)
-    for mode in MODES:
+    timed = set(MODES) - {"decode"}
+    assert set(record["speed"]) == set(record["compile"]) == timed
+    for mode in timed:
         speed = record["speed"][mode]
         assert 0 < speed["p20_s"] <= speed["median_s"] <= speed["p80_s"] and speed["n"] >= 3
         assert min(record["compile"][mode].values()) > 0
     assert record["tokens_per_step"] == 64
     assert record["tokens_per_s"] == pytest.approx(64 / record["speed"]["train_step"]["median_s"])
     assert min(record["calibration"]["matmul_flops_per_s"].values()) > 1e8
+
+
+def test_decoding_is_measured_at_the_end_of_the_context(record):
+    decode = record["decode"]
+    assert (decode["batch"], decode["steps"]) == (4, 16)
+    assert 0 < decode["step"]["p20_s"] <= decode["step"]["median_s"] <= decode["step"]["p80_s"]
+    assert decode["tokens_per_s"] == pytest.approx(4 / decode["step"]["median_s"])
+    assert decode["refeed_tokens_per_s"] == pytest.approx(4 / record["speed"]["forward"]["median_s"])
+    assert decode["state_bytes"] == 2 * 4 * 16 * 16  # keys and values, float32, of 16 positions and channels: the span reaches over all
+
+
+def test_decoding_belongs_to_a_decoders_task(tmp_path):
+    record = run(make_cell(T=32, task="listops(form='short', max_length=32, train_examples=8, validation_examples=2, test_examples=1)", measure={"modes": ("decode",)}), tmp_path)
+    assert record["status"] == "error" and "'decode' generates, and listops is not a decoder's task" in record["message"]
 
 
 def test_sizes_are_those_of_the_model(trained):

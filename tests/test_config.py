@@ -18,10 +18,11 @@ CELL = Cell("local(window=128)", 512, 0, "bytes(objective='masked')", Model(D=64
 # Every field of every group, with a value that is allowed and not the default.
 OTHER = {
     "model": dict(D=128, layers=3, N=2, K=2, H=16, F=32, norm="rmsnorm", norm_position="post", ffn="relu", positions="rotary", dropout=0.1)
-    | dict(tie_embeddings=False, pool="first", dtype="bfloat16", remat=True),
+    | dict(tie_embeddings=False, pool="first", dtype="bfloat16", remat=True)
+    | dict(share_embeddings=True, encoder_layers=2, where=("cross",), cross="linear", body="recurrent", cell="lstm"),
     "attention": dict(backend="xla"),
     "train": dict(steps=3, tokens_per_step=64, lr=0.1, warmup=2, final_lr=0.5, weight_decay=0.0, b1=0.5, b2=0.5, clip=2.0, log_every=2, eval_every=5)
-    | dict(eval_tokens=32, checkpoint_every=7),
+    | dict(eval_tokens=32, checkpoint_every=7, schedule="inverse_sqrt", label_smoothing=0.1),
     "measure": dict(modes=("forward",), warmup=1, min_steps=3, min_seconds=0.5),
 }
 SETTINGS = [(group, name, value) for group, values in OTHER.items() for name, value in values.items()]
@@ -52,7 +53,7 @@ def test_the_id_depends_on_every_axis(name, value):
 
 def test_the_id_is_pinned():
     """Records on disk are found by it: should it have to change, old workdirs are run again."""
-    assert CELL.id == "2c08ce4e67c8"
+    assert CELL.id == "9382022c74e3"
 
 
 def test_the_id_is_the_same_in_every_process():
@@ -92,7 +93,7 @@ def test_a_cell_comes_back_from_json():
         ("model.K=two", "must be of type int"),
         ("model.D=0", "D=0: must be a whole number of at least 1"),
         ("model.dropout=1", "at most 0.99"),
-        ("measure.modes=backward", "must be one of 'forward', 'forward_backward', 'train_step'; did you mean"),
+        ("measure.modes=backward", "must be one of 'forward', 'forward_backward', 'train_step', 'decode'; did you mean"),
         ("measure.min_seconds=forever", "must be of type float"),
         ("attention.backend=3", "must be of type str"),
         ("timeout_s=0", "must be a number of at least 0.001"),

@@ -444,8 +444,30 @@ def write_workdir(workdir, records):
         results.write_record(workdir, record)
 
 
+def decoded(record):
+    """The same record, where generation was measured too."""
+    step = {"median_s": 2e-3, "p20_s": 1.8e-3, "p80_s": 2.5e-3, "n": 10}
+    return record | {"decode": {"step": step, "steps": 64, "batch": 4, "tokens_per_s": 2000.0, "refeed_tokens_per_s": 20.0, "state_bytes": 4096.0}}
+
+
+def test_generation_has_columns_where_it_was_measured():
+    assert not {"decode, tokens/s", "re-fed, tokens/s", "state, KiB"} & set(markdown_rows(sweep())[0])
+    rows = [row for row in markdown_rows([*map(decoded, sweep())]) if not row["variant"].startswith("floor")]
+    assert {(row["decode, tokens/s"], row["re-fed, tokens/s"], row["state, KiB"]) for row in rows} == {("2,000", "20.0", "4.00")}
+
+
+def test_exact_match_has_a_column_where_a_task_has_floors_of_it():
+    def with_exact(record):
+        floors = {name: floor | {"eval_exact": 0.01} for name, floor in record["floors"].items()}
+        return record | {"floors": floors, "metrics": record["metrics"] | {"eval_exact": 0.75}}
+
+    assert "exact match, %" not in markdown_rows(sweep())[0]
+    rows = markdown_rows([*map(with_exact, sweep())])
+    assert {row["exact match, %"] for row in rows} == {"75.0 ± 0.0", "1.0"}
+
+
 def test_the_report_writes_every_file_and_the_page_needs_no_other(tmp_path):
-    records = [*sweep(seeds=(0, 1)), failed("error", "a <b> & c", T=4096)]
+    records = [*map(decoded, sweep(seeds=(0, 1))), failed("error", "a <b> & c", T=4096)]
     write_workdir(tmp_path, records)
     printed = report.write_report(tmp_path)
     assert printed == (tmp_path / "table.md").read_text()

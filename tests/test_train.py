@@ -171,7 +171,7 @@ def test_evaluation_is_the_mean_over_the_targets_of_every_sequence_once():
     scores = [entropy_and_correct(model, trained.state["params"], trained.state["rest"], row) for row in rows]
     assert len(scores) == 7
     entropies, correct = (np.concatenate(x) for x in zip(*scores))
-    assert trained.scores == {"eval_loss": pytest.approx(entropies.mean(), abs=1e-5), "eval_accuracy": pytest.approx(correct.mean(), abs=1e-6)}
+    assert trained.scores == {"eval_loss": pytest.approx(entropies.mean(), abs=1e-5), "eval_accuracy": pytest.approx(correct.mean(), abs=1e-6), "eval_exact": np.mean([c.all() for _, c in scores])}
 
 
 def test_evaluations_on_the_way_fill_the_curve_and_change_nothing(plain):
