@@ -1,4 +1,6 @@
-"""What a cell's model can be, by model.body: the Transformer, whose variants are the zoo, or a recurrent model, whose variants are alignments."""
+"""What a cell's model can be, by model.body: the Transformer, whose variants are the zoo, or what it replaced: a recurrent model, whose variants are
+alignments, or a stack of convolutions.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -8,6 +10,7 @@ from flax import nnx
 
 from attn_zoo import config
 from attn_zoo.attention import VARIANTS
+from attn_zoo.models.convolutional_stack import CONVOLUTIONS, ConvolutionStack
 from attn_zoo.models.recurrent import ALIGNMENTS, Recurrent
 from attn_zoo.models.transformer import Transformer
 from attn_zoo.spec import Spec, UserError
@@ -32,7 +35,18 @@ def _recurrent(
     return Recurrent(model, alignment=variant[0], inputs_vocab=inputs_vocab, num_outputs=num_outputs, max_len=max_len, rngs=rngs, **source)
 
 
+def _convolutional(
+    model: config.Model, *, variant: list[Spec], attention: config.Attention, source_vocab: int, source_len: int, image_shape: tuple | None, **sizes: Any
+) -> ConvolutionStack:
+    if len(variant) > 1:
+        raise UserError(f"[{', '.join(map(str, variant))}]: a convolutional model has one kind of convolution, not one a layer")
+    if source_len or image_shape is not None:
+        raise UserError("a convolutional model reads no source; use joined=True of a task of pairs, or another task")
+    return ConvolutionStack(model, convolutions=variant[0], **sizes)
+
+
 BODIES = {
     "transformer": Body(VARIANTS, "attention variant", Transformer),
     "recurrent": Body(ALIGNMENTS, "alignment", _recurrent),
+    "convolutional": Body(CONVOLUTIONS, "convolution", _convolutional),
 }
