@@ -3,6 +3,9 @@
 S_t = S_{t-1} + beta_t (v_t - S_{t-1} k_t) k_t', o_t = S_t q_t (Schlag et al. 2021, sec. 4.2). With u_t = beta_t (v_t - S_{t-1} k_t), the state is
 S_0 + sum_j u_j k_j', so within a chunk the u solve a triangular system, (I + tril(diag(beta) K K', -1)) U = diag(beta) (V - K S_0'), and the
 rest is linear attention with U for values: the WY form of Yang et al. 2024 (Parallelizing Linear Transformers with the Delta Rule).
+
+The system is inverted by matrix products. XLA's own triangular solve, on a CPU a call to LAPACK inside the scan, leaves its thread pool waiting
+for ever now and then (jaxlib 0.10.2), and on GPUs products are what is fast.
 """
 
 import jax
@@ -10,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-CHUNK = 64  # positions per step of the scan
+CHUNK = 64  # positions per step of the scan, a power of two
 
 
 def delta_rule(
@@ -23,7 +26,7 @@ def delta_rule(
     B, T, N, R = q_BTNR.shape
     K, H = v_BTKH.shape[2:]
     wide = jnp.promote_types(v_BTKH.dtype, jnp.float32)
-    c = min(CHUNK, T)
+    c = min(CHUNK, 1 << (T - 1).bit_length())
     chunks = -(-T // c)
 
     def chunked(x):  # [B, T, K, ...] -> [chunks, B, K, c, ...]
@@ -38,7 +41,7 @@ def delta_rule(
         q_BKTGR, k, v, beta = chunk
         overlap_BKTS = jnp.where(before_TS, jnp.einsum("BKTR,BKSR->BKTS", k, k), 0.0) * beta[..., None]
         wanted_BKTH = beta[..., None] * (v - jnp.einsum("BKTR,BKRH->BKTH", k, state_BKRH))
-        u_BKTH = lax.linalg.triangular_solve(overlap_BKTS, wanted_BKTH, left_side=True, lower=True, unit_diagonal=True)  # takes the diagonal for ones
+        u_BKTH = jnp.einsum("BKTS,BKSH->BKTH", unit_lower_inverse(overlap_BKTS), wanted_BKTH)
         scores = jnp.where(seen_TS, jnp.einsum("BKTGR,BKSR->BKGTS", q_BKTGR, k), 0.0)
         o = jnp.einsum("BKGTS,BKSH->BKTGH", scores, u_BKTH) + jnp.einsum("BKTGR,BKRH->BKTGH", q_BKTGR, state_BKRH)
         return state_BKRH + jnp.einsum("BKSR,BKSH->BKRH", k, u_BKTH), o
@@ -46,3 +49,23 @@ def delta_rule(
     q_BTKGR = q_BTNR.reshape(B, T, K, N // K, R)
     _, o = lax.scan(step, jnp.zeros((B, K, R, H), wide), tuple(map(chunked, (q_BTKGR, k_BTKR, v_BTKH, beta_BTK))))
     return jnp.moveaxis(o, (0, 2), (1, 3)).reshape(B, chunks * c, N, H)[:, :T]
+
+
+def unit_lower_inverse(lower_CC: Float[Array, "*batch C C"]) -> Float[Array, "*batch C C"]:
+    """The inverse of I + L, of L strictly lower triangular and C a power of two.
+
+    Blocks on the diagonal are inverted, then pairs of them, inv [[A, 0], [X, B]] = [[inv A, 0], [-inv B X inv A, inv B]], from single numbers up:
+    forward substitution by blocks, 2 log2(C) products.
+    """
+    *batch, C, _ = lower_CC.shape
+    inverse = jnp.ones((*batch, C, 1, 1), lower_CC.dtype)  # of the blocks on the diagonal
+    size = 1
+    while size < C:
+        pairs = C // (2 * size)
+        blocks = lower_CC.reshape(*batch, pairs, 2, size, pairs, 2, size)
+        below = jnp.moveaxis(jnp.diagonal(blocks[..., 1, :, :, 0, :], axis1=-4, axis2=-2), -1, -3)  # X of each pair
+        a, b = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
+        corner = -jnp.matmul(jnp.matmul(b, below, precision="highest"), a, precision="highest")
+        inverse = jnp.concatenate([jnp.concatenate([a, jnp.zeros_like(a)], axis=-1), jnp.concatenate([corner, b], axis=-1)], axis=-2)
+        size *= 2
+    return inverse[..., 0, :, :]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from attn_zoo.ops import delta
-from attn_zoo.ops.delta import delta_rule
+from attn_zoo.ops.delta import delta_rule, unit_lower_inverse
 
 
 def step_by_step(q, k, v, beta):
@@ -72,3 +72,13 @@ def test_half_precision_is_computed_in_float32():
     o = delta_rule(*args)
     assert o.dtype == jnp.float32
     np.testing.assert_allclose(o, step_by_step(*(x.astype(jnp.float32) for x in args)), atol=5e-6)
+
+
+@pytest.mark.parametrize("C", [1, 2, 16, 64])
+@pytest.mark.parametrize("entries", ["random", "ones"])
+def test_a_unit_lower_triangle_is_inverted_as_by_substitution(C, entries):
+    """Ones are what equal keys give; their powers, by which a series would sum the inverse, grow beyond float32."""
+    full = np.ones((C, C)) if entries == "ones" else np.random.default_rng(0).normal(size=(2, 3, C, C))
+    lower = np.tril(full, -1).astype(np.float32)
+    expected = np.linalg.inv(np.eye(C) + lower.astype(np.float64))
+    np.testing.assert_allclose(unit_lower_inverse(jnp.asarray(lower)), expected, rtol=0, atol=3e-6 * abs(expected).max())
