@@ -42,15 +42,20 @@ class MultiHeadAttention(nnx.Module):
         memory_BSD: Float[Array, "B S D"] | None = None,
         *,
         valid_BS: Bool[Array, "B S"] | None = None,
+        valid_BT: Bool[Array, "B T"] | None = None,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Attends from x over the valid positions of `memory`, or of x itself; `key` is the variant's random key."""
+        """Attends from x over the valid positions of `memory`, or of x itself; `key` is the variant's random key.
+
+        `valid_BT`, which positions of x are valid where there is a memory, matters only to variants that pool queries.
+        """
         if memory_BSD is None:
             q_BTNH, k_BSKH, v_BSKH = self._self_heads(x_BTD, jnp.arange(x_BTD.shape[1]))
         else:
             q_BTNH = self._heads(x_BTD, self.query)
             k_BSKH, v_BSKH = self._memory_heads(memory_BSD)
-        return self._out(self.attention(q_BTNH, k_BSKH, v_BSKH, valid_BS=valid_BS, key=key))
+            valid_BT = jnp.ones(x_BTD.shape[:2], bool) if valid_BT is None else valid_BT  # never that of the memory, even if as long
+        return self._out(self.attention(q_BTNH, k_BSKH, v_BSKH, valid_BS=valid_BS, valid_BT=valid_BT, key=key))
 
     def init_cache(self, B: int, max_len: int) -> Cache:
         """The state of causal self-attention before the first of at most `max_len` positions."""

@@ -58,7 +58,7 @@ class Block(nnx.Module):
         x_BTD = self._residual(x_BTD, attend, self.attention_norm, attention_dropout_key)
         if self.has_cross:
             cross_key, cross_dropout_key = cross_keys
-            read = partial(self.cross, memory_BSD=memory_BSD, valid_BS=memory_valid, key=cross_key)
+            read = partial(self.cross, memory_BSD=memory_BSD, valid_BS=memory_valid, valid_BT=valid_BT, key=cross_key)
             x_BTD = self._residual(x_BTD, read, self.cross_norm, cross_dropout_key)
         return self._residual(x_BTD, self.ffn, self.ffn_norm, ffn_dropout_key) if self.has_ffn else x_BTD
 

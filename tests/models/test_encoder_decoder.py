@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from attn_zoo import VARIANTS, config
-from attn_zoo.attention import parse_variant
+from attn_zoo.attention import ScoreFunction, parse_variant
 from attn_zoo.models import Transformer, param_counts
 from attn_zoo.spec import Unsupported, UserError
 from attn_zoo.train import make_optimizer
@@ -51,6 +51,23 @@ def test_every_variant_that_claims_cross_reads_an_encoder_or_says_why_not(name):
     assert logits.shape == (3, T, V) and np.isfinite(logits).all()
     moved = model(tokens, source=source.at[0, 2].add(1) % U, source_valid=valid)
     assert (np.asarray(moved[0]) != np.asarray(logits[0])).any() or name == "hard", "the source is read"
+
+
+@pytest.mark.parametrize("name", ["hard", "full"])
+def test_a_source_as_long_as_the_target_is_not_taken_for_it(name):
+    """What is valid of the source says nothing of the target, and what is padding there enters no log-probability."""
+    model = make(name, where=("cross",), layers=1)
+    tokens, source, _ = batch()
+    source, valid = source[:, :T], jnp.arange(T) < jnp.array([[T], [4], [6]])
+    step = lambda cache, token: model.step(token, cache)[::-1]
+    _, logits = jax.lax.scan(step, model.start(3, T, source=source, source_valid=valid), tokens.T)
+    np.testing.assert_allclose(logits.swapaxes(0, 1), model(tokens, source=source, source_valid=valid), rtol=0, atol=1e-4)
+    if name == "hard":
+        target_valid = jnp.arange(T) < jnp.array([[T], [T], [0]])
+        inner = nnx.merge(*nnx.split(model))
+        inner(tokens, source=source, source_valid=valid, valid_BT=target_valid, key=jax.random.key(0))
+        (log_prob,) = jax.tree.leaves(nnx.state(inner, ScoreFunction))
+        assert float(log_prob[2]) == 0 and log_prob.shape == (3,)
 
 
 def test_what_is_not_causal_serves_in_the_encoder_alone():
