@@ -99,7 +99,7 @@ def _fill(record: dict, cell: Cell, workdir: str, data_dir: str, report: Callabl
     record["attention"] = _plans(bound, cell.seq_len, task)
     record["tokens_per_step"] = B * cell.seq_len
     if "decode" in cell.measure.modes:  # before the train step is timed, to which the state is given away
-        record["decode"] = _measure_decode(cell, model, trained)
+        record["decode"] = _measure_decode(cell, task, model, trained)
     record["compile"], record["speed"], record["memory"] = _measure(cell, task, model, mesh, trained)
     if "decode" in cell.measure.modes and "forward" in record["speed"]:
         record["decode"]["refeed_tokens_per_s"] = B / record["speed"]["forward"]["median_s"]
@@ -141,7 +141,7 @@ def _measure(cell: Cell, task: Task, model: train.Model, mesh, trained: train.Tr
     return compiled, speed, measure.memory(trained.train_step)
 
 
-def _measure_decode(cell: Cell, model: train.Model, trained: train.Trained) -> dict[str, Any]:
+def _measure_decode(cell: Cell, task: Task, model: train.Model, trained: train.Trained) -> dict[str, Any]:
     """Generation at a context of T: seconds of one step of a batch with the state it has then, the bytes of that state a sequence, and tokens per second.
 
     Steps run in one compiled loop of `DECODE_STEPS`, each fed the most probable token of the one before, and end at position T.
@@ -150,9 +150,8 @@ def _measure_decode(cell: Cell, model: train.Model, trained: train.Trained) -> d
     steps = min(DECODE_STEPS, T)
     bound = model.bind(trained.state["params"], trained.state["rest"])
     graph, arrays = nnx.split(bound)
-    sources = {}
-    if bound.source_len:
-        sources = {"source": jnp.zeros((B, bound.source_len), jnp.int32)}
+    batch = next(task.train_iterator(B, cell.seed))
+    sources = {name: jnp.asarray(batch[name]) for name in ("source", "source_valid") if name in batch}
     fill = lambda cache: jax.tree.map(lambda x: jnp.asarray(T - steps, x.dtype) if x.ndim == 0 else x, cache)  # as if so many had been seen
     cache = jax.jit(lambda arrays: fill(nnx.merge(graph, arrays).start(B, T, **sources)))(arrays)
 
