@@ -19,7 +19,7 @@ from typing import Any
 
 from attn_zoo import results, summary
 from attn_zoo.spec import UserError
-from attn_zoo.tables import html, latex, main_table, markdown, readable, scaling_table, small_tables
+from attn_zoo.tables import Table, html, latex, main_table, markdown, readable, scaling_table, small_tables
 
 FIGURES = {
     "throughput": "Tokens per second of the train step against length; bars are the 20th to 80th percentile of the steps.",
@@ -60,7 +60,7 @@ def tables(records: list[dict[str, Any]]) -> dict[str, str]:
     `records` as results.load_with_missing gives them. Raises UserError when they are not of one experiment.
     """
     rows = summary.rows(records)
-    both = [main_table(rows, records), scaling_table(rows)]
+    both = _tables(rows, records)
     provenance = provenance_notes(records)
     return {
         "table.md": "\n".join([markdown(table) for table in both] + [f"{note}  " for note in provenance]) + "\n",
@@ -69,6 +69,11 @@ def tables(records: list[dict[str, Any]]) -> dict[str, str]:
         "scaling.csv": _csv(summary.Scaling, summary.scaling(rows)),
         "cite.bib": cite(records),
     }
+
+
+def _tables(rows: list[summary.Row], records: list[dict[str, Any]]) -> list[Table]:
+    """The main table, and that of growth where steps were timed."""
+    return [main_table(rows, records), *([scaling_table(rows)] if summary.scaling(rows) else [])]
 
 
 def readme_table(records: list[dict[str, Any]]) -> str:
@@ -164,7 +169,7 @@ def _page(records: list[dict[str, Any]], pngs: dict[str, bytes]) -> str:
         "div{overflow-x:auto}figure{display:inline-block;vertical-align:top;max-width:100%;margin:1em}img{max-width:100%}"
         "figcaption,.note{color:#444;font-size:13px;max-width:75em}figcaption{max-width:27em}"
     )
-    body = [html(main_table(rows, records)), html(scaling_table(rows)), *drawn]
+    body = [*(html(table) for table in _tables(rows, records)), *drawn]
     body += [f'<p class="note">{html(note)}</p>' for note in provenance_notes(records)]
     head = f'<meta charset="utf-8"><title>attn_zoo: {html(records[0]["cell"]["task"])}</title><style>{style}</style>'
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(body) + "\n</body></html>\n"

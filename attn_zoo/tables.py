@@ -45,7 +45,7 @@ def main_table(rows: list[Row], records: list[dict[str, Any]]) -> Table:
         "step, ms (p20–p80)": lambda r: _step(r) + DISTURBED * r.disturbed,
         "compile, s": lambda r: number(r.compile_s),
         "memory, MiB": lambda r: number(_times(r.temp_bytes, 2**-20)),
-        "decode, tokens/s": lambda r: number(r.decode_tokens_per_s),
+        "decode, tokens/s": lambda r: number(r.decode_tokens_per_s) + DISTURBED * (r.disturbed and r.step_s is None),
         "re-fed, tokens/s": lambda r: number(r.refeed_tokens_per_s),
         "state, KiB": lambda r: number(_times(r.state_bytes, 2**-10)),
         unit: lambda r: number(_times(r.useful_flops_per_s, 1 / scale)),
@@ -53,23 +53,37 @@ def main_table(rows: list[Row], records: list[dict[str, Any]]) -> Table:
         "backend": lambda r: r.backend or "–",
         "seeds": lambda r: "" if r.status == "floor" else _seeds(r),
     }
-    optional = {"accuracy, %": "accuracy", "exact match, %": "exact", "decode, tokens/s": "decode_tokens_per_s", "re-fed, tokens/s": "refeed_tokens_per_s", "state, KiB": "state_bytes"}
+    # What no cell was asked for has no column.
+    optional = {"accuracy, %": "accuracy", "exact match, %": "exact"}
+    optional |= {"decode, tokens/s": "decode_tokens_per_s", "re-fed, tokens/s": "refeed_tokens_per_s", "state, KiB": "state_bytes"}
     for column, field in optional.items():
         if all(getattr(row, field) is None for row in rows):
             del columns[column]
-    notes = [
-        "Loss" + (" and accuracy" if "accuracy, %" in columns else "") + " on held-out data: mean ± 95 % interval over seeds (Student's t). "
-        f"Tokens/s, × {REFERENCE} (how many times faster at the same T) and step are of the train step: median of its steps, median over seeds, "
-        "with the least 20th and the greatest 80th percentile. Compile is of the train step, tracing included; memory is the temporary "
-        f"memory XLA allots it. {unit} counts useful pairs only; of matmul is its share of the matrix product rate measured in the same process."
-    ]
+    timed = any(row.step_s or row.decode_step_s or row.forward_backward_s or row.status not in ("ok", "floor") for row in rows)
+    if not timed:  # compilations neither: where nothing was to be timed, cells may have run beside each other
+        for column in ("tokens/s", f"× {REFERENCE}", "step, ms (p20–p80)", "compile, s", unit, "of matmul, %"):
+            del columns[column]
+    note = "Loss" + (" and accuracy" if "accuracy, %" in columns else "") + " on held-out data: mean ± 95 % interval over seeds (Student's t). "
     if "exact match, %" in columns:
-        notes[0] += " Exact match is the share of examples without a mistake in any target."
+        note += "Exact match is the share of examples without a mistake in any target. "
+    if "tokens/s" in columns:
+        note += (
+            f"Tokens/s, × {REFERENCE} (how many times faster at the same T) and step are of the train step: median of its steps, median over seeds, "
+            "with the least 20th and the greatest 80th percentile. "
+        )
+    if "compile, s" in columns:
+        note += "Compile is of the train step, tracing included. "
+    note += "Memory is the temporary memory that XLA allots the train step."
     if "decode, tokens/s" in columns:
-        notes[0] += " Decode is generation at a context of T, one token a step for the whole batch; re-fed is what a forward pass over T for every token would give; state is what generation keeps, a sequence."
+        note += (
+            " Decode is generation at a context of T, one token a step for the whole batch; re-fed is what a forward pass over T for "
+            "every token would give; state is what generation keeps, a sequence."
+        )
+    if unit in columns:
+        note += f" {unit} counts useful pairs only; of matmul is its share of the matrix product rate measured in the same process."
     body = [[cell(row) for cell in columns.values()] for row in rows]
     caption = f"Attention variants by sequence length T on `{records[0]['cell']['task']}`."
-    return Table("attn-zoo", caption, list(columns), body, {"variant", "backend", "seeds"}, notes + _footnotes(rows))
+    return Table("attn-zoo", caption, list(columns), body, {"variant", "backend", "seeds"}, [note, *_footnotes(rows, timed)])
 
 
 def scaling_table(rows: list[Row]) -> Table:
@@ -176,11 +190,11 @@ def short(message: str, width: int = 50) -> str:
     return message if len(message) <= width else message[: width - 1].rstrip() + "…"
 
 
-def _footnotes(rows: list[Row]) -> list[str]:
+def _footnotes(rows: list[Row], timed: bool = True) -> list[str]:
     notes = []
     if any(row.params_differ for row in rows):
         notes.append(f"{DIFFERS} Parameters differ from those of `{REFERENCE}` at the same T by more than 1 %.")
-    if any(row.disturbed for row in rows):
+    if timed and any(row.disturbed for row in rows):
         notes.append(f"{DISTURBED} Disturbed: the matrix product rates before and after a cell differ by more than 20 %.")
     return notes
 
