@@ -111,15 +111,20 @@ def test_steps_equal_the_parallel_form(spec):
         assert_close(o[:, t], upto(t)[:, t], 2e-5)
 
 
-@pytest.mark.parametrize("name", DECODERS)
-def test_a_step_keeps_the_dtype_of_its_query(name):
+def test_a_step_keeps_the_dtypes_of_its_query_and_of_the_state():
+    for name in DECODERS:
+        attention = make_attention(name, num_heads=2, head_dim=8, max_len=MAX_LEN, causal=True, dtype=jnp.bfloat16)
+        cache = jax.eval_shape(lambda: attention.init_cache(2, T))
+        o, after = jax.eval_shape(attention.step, *(jax.ShapeDtypeStruct((2, 1, 2, 8), jnp.bfloat16) for _ in "qkv"), cache)
+        assert o.dtype == jnp.bfloat16, name
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), cache), name
+
+
+@pytest.mark.parametrize("name", ["full", "strided", "linear", "star"])
+def test_steps_in_half_precision_equal_the_parallel_form(name):
     attention = build(name, dtype=jnp.bfloat16)
     q, k, v = inputs(attention, 9)
-    o, _ = steps(attention, q, k, v)
-    assert o.dtype == jnp.bfloat16
-    if not VARIANTS[name].foresight:
-        wide = build(name)
-        assert_close(o, wide(*(x.astype(jnp.float32) for x in (q, k, v))), 4e-2)
+    assert_close(steps(attention, q, k, v)[0], attention.reference(q, k, v), 4e-2)
 
 
 @pytest.mark.parametrize("name", DECODERS)

@@ -47,9 +47,10 @@ def test_every_variant_that_claims_cross_reads_an_encoder_or_says_why_not(name):
     except Unsupported as e:
         assert "depends on the other queries" in str(e)
         return
-    logits = jax.jit(lambda *a: model(a[0], source=a[1], source_valid=a[2]))(tokens, source, valid)
+    run = jax.jit(lambda source: model(tokens, source=source, source_valid=valid))
+    logits = run(source)
     assert logits.shape == (3, T, V) and np.isfinite(logits).all()
-    moved = model(tokens, source=source.at[0, 2].add(1) % U, source_valid=valid)
+    moved = run(source.at[0, 2].add(1) % U)
     assert (np.asarray(moved[0]) != np.asarray(logits[0])).any() or name == "hard", "the source is read"
 
 
@@ -94,7 +95,7 @@ def test_later_targets_are_not_seen_and_the_whole_source_is():
         inner.encoder.embedding = lambda ids: plain_source(ids) + noise_S
         return inner(tokens, source=source, source_valid=valid)[:, 4].sum()
 
-    by_target, by_source = jax.grad(output, (0, 1))(jnp.zeros((3, T, 16)), jnp.zeros((3, S, 16)))
+    by_target, by_source = jax.jit(jax.grad(output, (0, 1)))(jnp.zeros((3, T, 16)), jnp.zeros((3, S, 16)))
     assert (by_target[:, 5:] == 0).all() and (by_target[:, :5] != 0).any(axis=-1).all()
     np.testing.assert_array_equal((by_source != 0).any(axis=-1), valid)
 
