@@ -30,8 +30,6 @@ def _recurrent(
 ) -> Recurrent:
     if len(variant) > 1:
         raise UserError(f"[{', '.join(map(str, variant))}]: a recurrent model has one alignment, not one a layer")
-    if source.pop("image_shape", None) is not None:
-        raise UserError("a recurrent model reads source tokens; for pictures use model.body='transformer'")
     return Recurrent(model, alignment=variant[0], inputs_vocab=inputs_vocab, num_outputs=num_outputs, max_len=max_len, rngs=rngs, **source)
 
 

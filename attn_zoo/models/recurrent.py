@@ -1,10 +1,11 @@
 """What came before the Transformer: a recurrent encoder and decoder, and the alignments by which the decoder reads the encoder's states.
 
 The encoder reads the source in both directions (Bahdanau et al. 2015, sec. 3.2): memory_j = [forward_j, backward_j]. The decoder starts from tanh(W [last
-forward, first backward]). Where the alignment stands differs between its authors, and each of `ALIGNMENTS` says which it follows:
-'before', a context c_t found by the state s_{t-1} enters the cell with the last token, and what is read out is tanh(W [s_t, c_t, token]) (Bahdanau et al.
-2015, with tanh in the place of maxout; Xu et al. 2015); 'after', c_t is found by the new state h_t, what is read out is h~_t = tanh(W [c_t, h_t]), and
-h~_{t-1} enters the cell with the token, input feeding (Luong et al. 2015, eq. 5 and sec. 3.3).
+forward, first backward]). Of a picture, the memory is a grid of convolutional features, and the decoder starts from tanh(W mean) (Xu et al. 2015, sec. 3.1).
+Where the alignment stands differs between its authors, and each of `ALIGNMENTS` says which it follows: 'before', a context c_t found by the state s_{t-1}
+enters the cell with the last token, and what is read out is tanh(W [s_t, c_t, token]) (Bahdanau et al. 2015, with tanh in the place of maxout; Xu et al. 2015);
+'after', c_t is found by the new state h_t, what is read out is h~_t = tanh(W [c_t, h_t]), and h~_{t-1} enters the cell with the token, input feeding (Luong et
+al. 2015, eq. 5 and sec. 3.3).
 """
 
 import dataclasses
@@ -20,10 +21,13 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from attn_zoo import config
 from attn_zoo.attention import VARIANTS
 from attn_zoo.attention.base import Loss, Paper, ScoreFunction, Statistic
+from attn_zoo.attention.hard import Options as HardOptions
 from attn_zoo.models.layers import EMBEDDING_STD, dropout, normal
+from attn_zoo.models.pictures import ConvolutionEncoder, cells_of
 from attn_zoo.models.transformer import split_key
-from attn_zoo.spec import Spec, UserError, check, check_int, check_number
+from attn_zoo.spec import Spec, UserError, check, check_int
 
+NEG = -1e30  # a score that is not seen: finite, so that differences of such are not NaN
 State = tuple[Array, ...]  # (h,) of a GRU, (h, c) of an LSTM
 
 
@@ -88,8 +92,9 @@ class Cell(nnx.Module):
 class RecurrentEncoder(nnx.Module):
     """Source tokens to memory [B, S, D], half of it read forwards and half backwards, and a summary [B, D]: the last state of each direction."""
 
-    def __init__(self, model: config.Model, *, vocab: int, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, model: config.Model, *, vocab: int, max_len: int, dtype: Any, rngs: nnx.Rngs):
         self.dropout = model.dropout
+        self.max_len = max_len
         self.dtype = dtype
         self.tokens = normal(rngs.params(), (vocab, model.D), model.D**-0.5)
         self.forwards = nnx.List([Cell(model.cell, model.D, model.D // 2, dtype, rngs) for _ in range(model.encoder_layers or model.layers)])
@@ -102,6 +107,14 @@ class RecurrentEncoder(nnx.Module):
             (ahead, last), (back, first) = forward.read(x_BSD, valid_BS, False), backward.read(x_BSD, valid_BS, True)
             x_BSD = jnp.concatenate([ahead, back], axis=-1)
         return x_BSD, jnp.concatenate([last, first], axis=-1)
+
+    def multiply_adds(self) -> int:
+        """Of one source of full length."""
+        return self.max_len * _matrices(self.forwards, self.backwards)
+
+    def kept(self) -> int:
+        """About how many numbers the backward pass needs of one source of full length."""
+        return self.max_len * (len(self.forwards) * (CELLS[self.forwards[0].kind][1] + 2) + 3) * self.tokens.shape[1]
 
 
 def embed(tokens: nnx.Param, ids: Array, dtype: Any) -> Array:
@@ -122,20 +135,6 @@ class WindowOptions:
 
     def __post_init__(self):
         check_int("window", self.window, 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class HardOptions:
-    """score_weight, entropy_weight: lambda_r and lambda_e; expected: how often an example takes the average. As in the zoo's `hard`."""
-
-    score_weight: float = 1.0
-    entropy_weight: float = 0.002
-    expected: float = 0.5
-
-    def __post_init__(self):
-        for name in ("score_weight", "entropy_weight"):
-            check_number(name, getattr(self, name), 0)
-        check_number("expected", self.expected, 0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +196,7 @@ class Aligner(nnx.Module):
         return memory_BSD if kernel is None else memory_BSD @ getattr(self, kernel)[...]
 
     def weights(self, query_BD: Array, keys_BSD: Array, valid_BS: Array, t: Array) -> tuple[Array, Array]:
-        """(what the memory is weighted by, the softmax it comes from), float32 [B, S]; zeros where nothing may be seen."""
+        """(what the memory is weighted by, the logarithm of the softmax it comes from), float32 [B, S]; zero and -inf where nothing may be seen."""
         query_BD, S = query_BD.astype(jnp.float32), keys_BSD.shape[1]
         if self.alignment.score == "additive":
             scores_BS = jnp.tanh((query_BD @ self.query[...])[:, None] + keys_BSD) @ self.weight[...]
@@ -211,9 +210,27 @@ class Aligner(nnx.Module):
                 place_B1 = length_B1 * jax.nn.sigmoid(jnp.tanh(query_BD @ self.place_hidden[...]) @ self.place_weight[...])[:, None]
                 factor_BS = jnp.exp(-2 * ((jnp.arange(S) - place_B1) / self.options.window) ** 2)  # a Gaussian, sigma = D / 2. Luong et al. 2015, eq. 10
             seen_BS = seen_BS & (abs(jnp.arange(S) - place_B1) <= self.options.window)
-        scores_BS = jnp.where(seen_BS, scores_BS, -1e30)
-        softmax_BS = jnp.where(seen_BS, jax.nn.softmax(scores_BS), 0.0)
-        return softmax_BS * factor_BS, softmax_BS
+        log_p_BS = jnp.where(seen_BS, jax.nn.log_softmax(jnp.where(seen_BS, scores_BS, NEG)), -jnp.inf)
+        return jnp.exp(log_p_BS) * factor_BS, log_p_BS
+
+
+def look(options: HardOptions, log_p_BS: Array, key: Array | None, average_B: Array | None) -> tuple[Array, tuple[Array, Array]]:
+    """What a hard alignment weighs the memory by, [B, S], and (log p of the place it looks at, the entropy of the choice), [B] each. Xu et al. 2015, sec. 4.1.
+
+    With a key the place is drawn, as the largest of log p + Gumbel noise, and learned by one of the estimators of attn_zoo.attention.hard; without, it is the
+    likeliest. Examples of which average_B is true take the softmax itself.
+    """
+    seen_BS = log_p_BS > -jnp.inf
+    noisy_BS = jnp.where(seen_BS, log_p_BS if key is None else log_p_BS + jax.random.gumbel(key, log_p_BS.shape), NEG)
+    chosen_BS = jax.nn.one_hot(noisy_BS.argmax(axis=-1), log_p_BS.shape[-1]) * seen_BS
+    softmax_BS, finite_BS = jnp.exp(log_p_BS), jnp.where(seen_BS, log_p_BS, 0.0)
+    said = (chosen_BS * finite_BS).sum(axis=-1), -(softmax_BS * finite_BS).sum(axis=-1)
+    if key is None:
+        return chosen_BS, said
+    if options.estimator == "straight_through":
+        relaxed_BS = jax.nn.softmax(noisy_BS / options.temperature) * seen_BS
+        return chosen_BS + (relaxed_BS - jax.lax.stop_gradient(relaxed_BS)), said
+    return jnp.where(average_B[:, None], softmax_BS, chosen_BS), said
 
 
 class Recurrent(nnx.Module):
@@ -232,11 +249,14 @@ class Recurrent(nnx.Module):
         max_len: int,
         source_vocab: int,
         source_len: int,
+        image_shape: tuple[int, int, int] | None = None,
         rngs: nnx.Rngs,
     ):
         check(model.D % 2 == 0, "D", model.D, f"must be even, half for each direction of the encoder; nearest: {model.D + 1}")
+        self.reads_picture = image_shape is not None
+        source_len = cells_of(image_shape) if self.reads_picture else source_len
         if not source_len:
-            raise UserError("a recurrent model reads a source: use a task of pairs, such as dates or reverse")
+            raise UserError("a recurrent model reads a source: use a task of pairs, such as dates or reverse, or of pictures")
         D, dtype = model.D, jnp.dtype(model.dtype)
         entry = ALIGNMENTS[alignment.name]
         self.config = model
@@ -245,20 +265,28 @@ class Recurrent(nnx.Module):
         self.dtype = dtype
         self.stands = entry.stands
         self.tokens = normal(rngs.params(), (inputs_vocab, D), D**-0.5)
-        self.encoder = RecurrentEncoder(model, vocab=source_vocab, dtype=dtype, rngs=rngs)
+        if self.reads_picture:
+            self.encoder = ConvolutionEncoder(image_shape, D, dtype=dtype, rngs=rngs)
+        else:
+            self.encoder = RecurrentEncoder(model, vocab=source_vocab, max_len=source_len, dtype=dtype, rngs=rngs)
         self.cells = nnx.List([Cell(model.cell, D if layer else 2 * D, D, dtype, rngs) for layer in range(model.layers)])
         self.first = nnx.List([normal(rngs.params(), (D, D), D**-0.5) for _ in range(model.layers)])
         self.combine = normal(rngs.params(), ((3 if entry.stands == "before" else 2) * D, D), (2 * D) ** -0.5)
         self.readout = normal(rngs.params(), (num_outputs, D), EMBEDDING_STD)
         self.aligner = Aligner(entry, alignment.resolve("alignment", entry.options), D, rngs)
-        if entry.hard:
+        if self.scores_draws:
             self.log_prob, self.bonus, self.entropy = ScoreFunction(jnp.zeros(())), Loss(jnp.zeros(())), Statistic(jnp.zeros(()))
+
+    @property
+    def scores_draws(self) -> bool:
+        """Whether a hard alignment learns by the score of what it draws (REINFORCE)."""
+        return self.aligner.alignment.hard and self.aligner.options.estimator == "score"
 
     def __call__(
         self,
         inputs_BT: Int[Array, "B T"],
         *,
-        source: Int[Array, "B S"],
+        source: Int[Array, "B S"] | Float[Array, "B h w c"],
         source_valid: Bool[Array, "B S"] | None = None,
         valid_BT: Bool[Array, "B T"] | None = None,
         key: Key[Array, ""] | None = None,
@@ -275,7 +303,9 @@ class Recurrent(nnx.Module):
         cache = self.start(B, T, source=source, source_valid=source_valid, key=start_key)
         x_BTD = dropout(embed(self.tokens, inputs_BT, self.dtype), self.config.dropout, token_key)
         hard = self.aligner.alignment.hard and key is not None
-        average_B = jax.random.bernoulli(average_key, float(self.aligner.options.expected), (B,)) if hard else None
+        average_B = None  # which examples take the average, all along
+        if hard and self.scores_draws:
+            average_B = jax.random.bernoulli(average_key, float(self.aligner.options.expected), (B,))
 
         def step(cache, inputs):
             x_BD, step_key = inputs
@@ -284,24 +314,31 @@ class Recurrent(nnx.Module):
 
         keys = jax.random.split(hard_key, T) if hard else jnp.zeros((T, 0))
         _, (features, weights, said) = jax.lax.scan(step, cache, (x_BTD.swapaxes(0, 1), keys))
-        if hard:
+        if average_B is not None:
             valid_BT = jnp.ones((B, T), bool) if valid_BT is None else valid_BT
             self._leave(*(x.T for x in said), valid_BT, average_B)
-        elif self.aligner.alignment.hard:
+        elif self.scores_draws:
             self._put(log_prob=jnp.zeros(()), bonus=jnp.zeros(()))
         features_BTD = dropout(features.swapaxes(0, 1), self.config.dropout, read_key)
         return self._read_out(features_BTD), weights.swapaxes(0, 1)
 
-    def start(self, B: int, max_len: int, *, source: Array, source_valid: Array | None = None, key: Array | None = None) -> dict[str, Any]:
-        """The state before the first token; its size does not depend on max_len."""
+    def encode(self, source: Array, source_valid: Array | None = None, key: Array | None = None) -> tuple[Float[Array, "B S D"], Float[Array, "B D"]]:
+        """(the memory that the decoder reads, the summary that it starts from)."""
+        if self.reads_picture:
+            memory_BSD = self.encoder(source, key=key)
+            return memory_BSD, memory_BSD.mean(axis=1)
         if source.shape[1] > self.source_len:
             raise UserError(f"a source of {source.shape[1]} is over source_len={self.source_len} that this model was built for")
-        memory_BSD, summary_BD = self.encoder(source, valid_BS=source_valid, key=key)
+        return self.encoder(source, valid_BS=source_valid, key=key)
+
+    def start(self, B: int, max_len: int, *, source: Array, source_valid: Array | None = None, key: Array | None = None) -> dict[str, Any]:
+        """The state before the first token; its size does not depend on max_len."""
+        memory_BSD, summary_BD = self.encode(source, source_valid, key)
         layers = {str(n): cell.start(jnp.tanh(summary_BD @ first[...].astype(self.dtype))) for n, (cell, first) in enumerate(zip(self.cells, self.first))}
         cache = {"t": jnp.zeros((), jnp.int32), "layers": layers}
         if self.aligner.alignment.score == "none":
             return cache | {"context": summary_BD}
-        valid_BS = jnp.ones(source.shape[:2], bool) if source_valid is None else source_valid
+        valid_BS = jnp.ones(memory_BSD.shape[:2], bool) if source_valid is None else source_valid
         cache |= {"memory": memory_BSD, "keys": self.aligner.keys(memory_BSD), "valid": valid_BS}
         return cache if self.stands == "before" else cache | {"fed": jnp.zeros_like(summary_BD)}
 
@@ -336,15 +373,10 @@ class Recurrent(nnx.Module):
         zeros_B = jnp.zeros(len(query_BD))
         if "context" in cache:
             return cache["context"], jnp.zeros((len(query_BD), self.source_len)), (zeros_B, zeros_B)
-        weights_BS, softmax_BS = self.aligner.weights(query_BD, cache["keys"], cache["valid"], cache["t"])
+        weights_BS, log_p_BS = self.aligner.weights(query_BD, cache["keys"], cache["valid"], cache["t"])
         said = (zeros_B, zeros_B)
         if self.aligner.alignment.hard:
-            log_p_BS = jnp.log(jnp.where(softmax_BS > 0, softmax_BS, 1.0))
-            drawable_BS = jnp.where(softmax_BS > 0, log_p_BS, -jnp.inf)
-            choice_B = drawable_BS.argmax(axis=-1) if key is None else jax.random.categorical(key, jax.lax.stop_gradient(drawable_BS))
-            chosen_BS = jax.nn.one_hot(choice_B, softmax_BS.shape[-1])
-            said = (jnp.take_along_axis(log_p_BS, choice_B[:, None], axis=-1)[:, 0], -(softmax_BS * log_p_BS).sum(axis=-1))
-            weights_BS = chosen_BS if key is None else jnp.where(average_B[:, None], softmax_BS, chosen_BS)
+            weights_BS, said = look(self.aligner.options, log_p_BS, key, average_B)
         return jnp.einsum("BS,BSD->BD", weights_BS.astype(self.dtype), cache["memory"]), weights_BS, said
 
     def _leave(self, log_p_BT, entropy_BT, valid_BT, average_B):
@@ -376,16 +408,18 @@ class Recurrent(nnx.Module):
     def flops_per_step(self, B: int, T: int) -> dict[str, float]:
         """Useful FLOPs of one training step: `attention`, the alignment at all steps; `model`, everything. 6 a parameter and token, as of the Transformer."""
         D, S = self.config.D, self.source_len
-        size = lambda *modules: sum(p.size for m in modules for p in jax.tree.leaves(nnx.state(m, nnx.Param)) if p.ndim >= 2)
         per_pair = {"none": 0, "additive": 2 * D + 2 * D + 2 * D}.get(self.aligner.alignment.score, 4 * D)
-        aligner = size(self.aligner)
-        attention = 3.0 * B * T * S * per_pair + 6.0 * B * (T + S) * aligner / 2
-        encoder = size(self.encoder) - self.encoder.tokens.size
-        decoder = size(self.cells) + self.combine.size + self.readout.size
-        return {"attention": attention, "model": attention + 6.0 * B * (T * decoder + S * encoder)}
+        attention = 3.0 * B * T * S * per_pair + 6.0 * B * (T + S) * _matrices(self.aligner) / 2
+        decoder = _matrices(self.cells) + self.combine.size + self.readout.size
+        return {"attention": attention, "model": attention + 6.0 * B * (T * decoder + self.encoder.multiply_adds())}
 
     def activation_bytes(self, B: int, T: int) -> float:
         """An estimate of what a training step keeps: gates and states of every position, weights of every pair, and the logits twice."""
         D, S, c = self.config.D, self.source_len, self.config
-        gates = CELLS[c.cell][1] + 2
-        return float(4 * B * (T * (c.layers * gates + 6) * D + S * ((c.encoder_layers or c.layers) * gates + 3) * D + T * S * 4 + 2 * T * self.num_outputs))
+        decoder = T * (c.layers * (CELLS[c.cell][1] + 2) + 6) * D
+        return float(4 * B * (decoder + self.encoder.kept() + T * S * 4 + 2 * T * self.num_outputs))
+
+
+def _matrices(*modules: nnx.Module) -> int:
+    """How many numbers stand in the matrices of these modules."""
+    return sum(p.size for module in modules for p in jax.tree.leaves(nnx.state(module, nnx.Param)) if p.ndim >= 2)

@@ -1,5 +1,7 @@
 """What came before the Transformer: cells against their equations, alignments against the zoo's variants, steps against teacher forcing."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,18 +10,20 @@ from flax import nnx
 
 from attn_zoo import config, make_attention
 from attn_zoo.attention.base import Loss, ScoreFunction
-from attn_zoo.models import ALIGNMENTS, BODIES
-from attn_zoo.models.recurrent import Aligner, Cell
+from attn_zoo.models import ALIGNMENTS, BODIES, recurrent
+from attn_zoo.models.recurrent import Aligner, Cell, look
 from attn_zoo.spec import UserError, parse_one
 
 B, T, S, V, U, D = 3, 6, 9, 11, 7, 8
 SPECS = ["none", "additive", "dot", "general", "concat", "local_m(window=2)", "local_p(window=2)", "hard"]
+STRAIGHT_THROUGH = "hard(estimator='straight_through', temperature=0.7)"
+PICTURE = (8, 12, 3)
 VALID = np.arange(S) < np.array([[S], [4], [7]])
 
 
-def make(spec, **fields):
+def make(spec, image_shape=None, **fields):
     model = config.Model(**({"D": D, "layers": 1, "body": "recurrent"} | fields))
-    sizes = dict(inputs_vocab=V, num_outputs=V, max_len=T, causal=True, per_token=True, source_vocab=U, source_len=S, image_shape=None)
+    sizes = dict(inputs_vocab=V, num_outputs=V, max_len=T, causal=True, per_token=True, source_vocab=U, source_len=S, image_shape=image_shape)
     made = BODIES["recurrent"].build(model, variant=[parse_one(spec)], attention=config.Attention(), rngs=nnx.Rngs(0), **sizes)
     graph, params, rest = nnx.split(made, nnx.Param, ...)  # no parameter where it starts, biases least of all
     leaves, tree = jax.tree.flatten(params)
@@ -192,7 +196,93 @@ def test_the_log_probability_left_is_that_of_what_was_drawn():
         np.testing.assert_allclose(counts / len(keys), np.exp(values), atol=4 * 0.5 / np.sqrt(len(keys)))
 
 
-@pytest.mark.parametrize("spec", SPECS)
+def test_the_estimator_has_the_gradient_of_the_expected_loss(monkeypatch):
+    """Over all draws of two steps, of which the first moves the second's odds: the mean of dL + (L - baseline) d log p is the gradient of the mean loss,
+    the decoder being led by hand through every pair of places."""
+    model, tokens, source = make("hard(expected=0.0, entropy_weight=0.0)"), jnp.array([[1, 4]]), {"source": jnp.array([[2, 5, 3]])}
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    loss_of = lambda logits: jnp.square(logits).sum() + jnp.sin(logits[0] @ logits[1])
+
+    def surrogate(params, key):
+        logits, log_p, _ = leave(nnx.merge(graph, params, rest), tokens, source, key)
+        loss = loss_of(logits[0])
+        return loss + jax.lax.stop_gradient(loss - 0.3) * log_p[0], log_p[0]
+
+    keys = jax.random.split(jax.random.key(0), 300)
+    estimates, log_p = jax.jit(jax.vmap(jax.grad(surrogate, has_aux=True), (None, 0)))(params, keys)
+    _, first = np.unique(np.round(log_p, 4), return_index=True)
+    p = np.exp(log_p[first])
+    assert len(p) == 9 and p.sum() == pytest.approx(1, abs=1e-4), "each pair of places once"
+
+    def led(params, places):
+        """(loss, log p) of a decoder that looks where it is told."""
+        place, log_p, logits = iter(places), [], []
+
+        def look(options, log_p_BS, key, average_B):
+            s = next(place)
+            log_p.append(log_p_BS[0, s])
+            return jax.nn.one_hot(s, 3)[None], (jnp.zeros(1), jnp.zeros(1))
+
+        monkeypatch.setattr(recurrent, "look", look)
+        inner = nnx.merge(graph, params, rest)
+        cache = inner.start(1, 2, **source)
+        for t in range(2):
+            step, cache = inner.step(tokens[:, t], cache)
+            logits.append(step[0])
+        return loss_of(jnp.stack(logits)), sum(log_p)
+
+    def expected_loss(params):
+        pairs = jnp.array(list(itertools.product(range(3), repeat=2)))
+        losses, log_p = jax.vmap(led, (None, 0))(params, pairs)
+        return (jnp.exp(log_p) * losses).sum()
+
+    exact = jax.jit(jax.grad(expected_loss))(params)
+    assert abs(nnx.to_pure_dict(exact)["aligner"]["weight"]).max() > 1e-3, "where to look does not matter here: the test is void"
+    mean = jax.tree.map(lambda g: jnp.einsum("X,X...->...", p, g[first]), estimates)
+    jax.tree.map(lambda m, e: np.testing.assert_allclose(m, e, rtol=0, atol=1e-4 * max(1, abs(e).max())), mean, exact)
+
+
+def test_straight_through_is_the_place_forward_and_the_relaxation_backward():
+    model, (tokens, source) = make(STRAIGHT_THROUGH), batch()
+    assert not jax.tree.leaves(nnx.state(model, (ScoreFunction, Loss)))  # it needs neither
+    log_p = jnp.log(jnp.array([[0.2, 0.5, 0.3, 0.0]]))
+    values, key = jnp.array([1.0, -2.0, 4.0, 7.0]), jax.random.key(3)
+    options = model.aligner.options
+    (weights, _), gradient = look(options, log_p, key, None), jax.grad(lambda log_p: look(options, log_p, key, None)[0][0] @ values)(log_p)
+    noisy = (log_p + jax.random.gumbel(key, log_p.shape))[0, :3]
+    np.testing.assert_allclose(weights[0], np.eye(4)[int(noisy.argmax())], atol=1e-6)
+    relaxed = jax.grad(lambda noisy: jax.nn.softmax(noisy / 0.7) @ values[:3])(noisy)
+    np.testing.assert_allclose(gradient[0], [*relaxed, 0], atol=1e-6)
+    draws = [np.asarray(model(tokens, **source, key=jax.random.key(n))) for n in (0, 0, 1)]
+    assert (draws[0] == draws[1]).all() and (draws[0] != draws[2]).any()
+
+
+def test_places_that_are_hardly_ever_drawn_leave_gradients_finite():
+    log_p = jax.nn.log_softmax(jnp.array([[0.0, -95.0, -1e4]]))
+    total = lambda log_p: sum(x.sum() for x in look(ALIGNMENTS["hard"].options(), log_p, jax.random.key(0), jnp.array([False]))[1])
+    assert np.isfinite(jax.grad(total)(log_p)).all()
+
+
+@pytest.mark.parametrize("spec", ["none", "general", "hard"])
+def test_a_picture_is_read_as_the_grid_of_its_features(spec):
+    """Steps equal teacher forcing, every parameter of the convolutions learns, and the decoder starts from the mean."""
+    model, tokens = make(spec, image_shape=PICTURE, cell="lstm"), batch()[0]
+    picture = jax.random.uniform(jax.random.key(0), (B, *PICTURE))
+    cache = model.start(B, T, source=picture)
+    memory = model.encoder(picture)
+    assert memory.shape == (B, model.source_len, D) and model.source_len == 2 * 3
+    np.testing.assert_allclose(cache["layers"]["0"][0], np.tanh(memory.mean(axis=1) @ model.first[0][...]), atol=1e-5)
+    _, logits = jax.lax.scan(lambda cache, token: model.step(token, cache)[::-1], cache, tokens.T)
+    np.testing.assert_allclose(logits.swapaxes(0, 1), model(tokens, source=picture), rtol=0, atol=1e-5)
+    assert model.alignments(tokens, source=picture).shape == (B, T, 6)
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    loss = lambda params: jnp.square(nnx.merge(graph, params, rest)(tokens, source=picture, key=jax.random.key(0))).sum()
+    gradients = nnx.to_pure_dict(jax.jit(jax.grad(loss))(params))["encoder"]
+    assert all(np.isfinite(g).all() and (np.asarray(g) != 0).any() for g in jax.tree.leaves(gradients))
+    assert model.flops_per_step(2, T)["model"] > 12 * model.encoder.multiply_adds() and model.activation_bytes(2, T) == 2 * model.activation_bytes(1, T)
+
+
+@pytest.mark.parametrize("spec", [*SPECS, STRAIGHT_THROUGH])
 def test_gradients_reach_every_parameter_and_are_finite(spec):
     model, (tokens, source) = make(spec, layers=2), batch()
     graph, params, rest = nnx.split(model, nnx.Param, ...)
