@@ -14,7 +14,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 
 from attn_zoo import summary
 from attn_zoo.summary import Row
-from attn_zoo.tables import LOSS_TITLES
+from attn_zoo.tables import LOSS_TITLES, split_title
 
 COLUMN = 3.5  # inches; a page has two
 MANY = 12  # variants: more are drawn over both columns
@@ -27,7 +27,7 @@ LINES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (3, 1, 1, 1, 1,
 
 
 def figures(records: list[dict[str, Any]]) -> dict[str, Figure]:
-    """The figures by name: 'throughput', 'memory', 'decode', 'state', 'loss', 'loss_time'; those whose numbers no cell reached are left out."""
+    """The figures by name: 'throughput', 'memory', 'decode', 'state', 'loss', 'probes', 'loss_time'; those whose numbers no cell reached are left out."""
     rows = summary.rows(records)
     styles = variant_styles(summary.variants_of(records))
     drawn = {
@@ -36,6 +36,7 @@ def figures(records: list[dict[str, Any]]) -> dict[str, Figure]:
         "decode": decode(rows, styles),
         "state": state(rows, styles),
         "loss": loss(rows, styles, LOSS_TITLES[summary.headline(records)]),
+        "probes": probes(records, styles),
         "loss_time": loss_time(records, styles),
     }
     return {name: figure for name, figure in drawn.items() if figure is not None}
@@ -88,6 +89,38 @@ def loss(rows: list[Row], styles: dict, title: str) -> Figure | None:
         if row.status == "floor" and row.loss is not None:
             floors.setdefault(row.variant, []).extend((T, row.loss) for T in (lengths if row.seq_len is None else [row.seq_len]))
     return _against_length(points, styles, title, log=False, floors=floors)
+
+
+def probes(records: list[dict[str, Any]], styles: dict) -> Figure | None:
+    """Scores on the further splits of the task, in their order, a panel a length; with 95 % intervals over seeds."""
+    found = summary.probes(records)
+    if not found:
+        return None
+    splits, lengths = list(dict.fromkeys(p.split for p in found)), sorted({p.seq_len for p in found})
+    across = min(2, len(lengths))
+    figure, grid = _figure(styles, down=math.ceil(len(lengths) / across), across=across, below=0.3)
+    for unused in grid[len(lengths) :]:
+        unused.remove()
+    titles = [split_title(split) for split in splits]
+    by_length = all(title.startswith("length ") for title in titles)
+    for i, (T, ax) in enumerate(zip(lengths, grid)):
+        for j, (variant, style) in enumerate(styles.items()):
+            own = {p.split: p for p in found if p.variant == variant and p.seq_len == T}
+            points = [(n, own[split]) for n, split in enumerate(splits) if split in own]
+            if points:  # side by side, so that bars can be told apart
+                x = [n + 0.4 * ((j + 0.5) / len(styles) - 0.5) for n, _ in points]
+                y, half = [100 * p.score for _, p in points], [100 * (p.interval or 0.0) for _, p in points]
+                ax.errorbar(x, y, yerr=half if any(half) else None, lw=1, ms=3.5, elinewidth=0.7, capsize=1.5, **style)
+        ax.set(xticks=range(len(splits)), xticklabels=[], ylim=(-3, 103))
+        if len(lengths) > 1:
+            ax.set_title(f"T = {T:,}", fontsize=FONT, pad=2)
+        if i + across >= len(lengths):
+            labels = [title.removeprefix("length ") if by_length else title for title in titles]
+            ax.set_xticks(range(len(splits)), labels, rotation=40, ha="right", rotation_mode="anchor")
+            ax.set_xlabel("length" if by_length else "split")
+        if i % across == 0:
+            ax.set_ylabel("exact match, %" if summary.probe_metric(records) == "eval_exact" else "accuracy, %")
+    return figure
 
 
 def loss_time(records: list[dict[str, Any]], styles: dict) -> Figure | None:
@@ -212,12 +245,12 @@ def _spread(heights: list[float], low: float, high: float, gap: float) -> list[f
     return [moved[i] for i in range(len(heights))]
 
 
-def _figure(styles: dict, right: float = 0.1, down: int = 1, across: int = 1) -> tuple[Figure, list]:
-    """A figure with its axes, and below them the legend of all variants; `right` is its margin on that side in inches."""
+def _figure(styles: dict, right: float = 0.1, down: int = 1, across: int = 1, below: float = 0.0) -> tuple[Figure, list]:
+    """A figure with its axes, and below them the legend of all variants; `right` is its margin on that side in inches, `below` more room for tick labels."""
     width = COLUMN * (1 if len(styles) <= MANY else 2)
     entry = 0.58 * (FONT - 1) * max(map(len, styles)) + 5 * FONT  # points that the longest name and its line take
     columns = max(1, min(len(styles), int(72 * width / entry)))
-    legend = math.ceil(len(styles) / columns) * 1.45 * (FONT - 1) / 72 + 0.1
+    legend = math.ceil(len(styles) / columns) * 1.45 * (FONT - 1) / 72 + 0.1 + below
     panel = 2.3 if down == 1 else 1.3
     height = down * (panel + TOP) + (down - 1) * 0.2 + BOTTOM + legend
     figure = Figure(figsize=(width, height))

@@ -19,7 +19,7 @@ from typing import Any
 
 from attn_zoo import results, summary
 from attn_zoo.spec import UserError
-from attn_zoo.tables import Table, html, latex, main_table, markdown, readable, scaling_table, small_tables
+from attn_zoo.tables import Table, html, latex, main_table, markdown, probe_table, readable, scaling_table, small_tables
 
 FIGURES = {
     "throughput": "Tokens per second of the train step against length; bars are the 20th to 80th percentile of the steps.",
@@ -27,6 +27,7 @@ FIGURES = {
     "decode": "Generated tokens per second at a context of T; bars are the 20th to 80th percentile of the steps.",
     "state": "What generation keeps of a sequence of T tokens.",
     "loss": "Loss on held-out data against length; bars are the 95 % interval over seeds, dashed lines the task's floors.",
+    "probes": "Scores on the further splits of the task; bars are the 95 % interval over seeds.",
     "loss_time": "Training loss against training time, compilation excluded; running mean over a tenth of the steps of the seeds' mean.",
 }
 
@@ -55,25 +56,29 @@ def write_report(workdir: str | os.PathLike) -> str:
 
 
 def tables(records: list[dict[str, Any]]) -> dict[str, str]:
-    """The content of table.md, table.tex, table.csv, scaling.csv and cite.bib: the same bytes for the same records, anywhere.
+    """The content of table.md, table.tex, table.csv, scaling.csv and cite.bib, and of probes.csv where a task has further splits: the same bytes for the same records.
 
     `records` as results.load_with_missing gives them. Raises UserError when they are not of one experiment.
     """
-    rows = summary.rows(records)
-    both = _tables(rows, records)
+    rows, probes = summary.rows(records), summary.probes(records)
+    every = _tables(rows, records)
     provenance = provenance_notes(records)
     return {
-        "table.md": "\n".join([markdown(table) for table in both] + [f"{note}  " for note in provenance]) + "\n",
-        "table.tex": "\n".join(latex(table, provenance) for table in both),
+        "table.md": "\n".join([markdown(table) for table in every] + [f"{note}  " for note in provenance]) + "\n",
+        "table.tex": "\n".join(latex(table, provenance) for table in every),
         "table.csv": _csv(summary.Row, rows),
         "scaling.csv": _csv(summary.Scaling, summary.scaling(rows)),
+        **({"probes.csv": _csv(summary.Probe, probes)} if probes else {}),
         "cite.bib": cite(records),
     }
 
 
 def _tables(rows: list[summary.Row], records: list[dict[str, Any]]) -> list[Table]:
-    """The main table, and that of growth where steps were timed."""
-    return [main_table(rows, records), *([scaling_table(rows)] if summary.scaling(rows) else [])]
+    """The main table, that of further splits where the task has any, and that of growth where steps were timed."""
+    found = [main_table(rows, records)]
+    if summary.probes(records):
+        found.append(probe_table(records))
+    return [*found, scaling_table(rows)] if summary.scaling(rows) else found
 
 
 def readme_table(records: list[dict[str, Any]]) -> str:

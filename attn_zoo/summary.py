@@ -79,6 +79,18 @@ class Scaling:
     crossover_high: float | None
 
 
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """One variant at one length on one further split of its task, seeds pooled."""
+
+    variant: str
+    seq_len: int
+    split: str
+    score: float  # see probe_metric
+    interval: float | None
+    seeds_ok: int
+
+
 def rows(records: list[dict[str, Any]]) -> list[Row]:
     """The main table: by length, then by variant in the order of the records, then the floors.
 
@@ -121,6 +133,25 @@ def scaling(table: list[Row]) -> list[Scaling]:
             exponents += fit_exponent([row.seq_len for row in known], [getattr(row, cost) / row.sequences_per_step for row in known])
         result.append(Scaling(variant, len(own), min(shared or own), max(shared or own), *exponents, *crossovers))
     return result
+
+
+def probes(records: list[dict[str, Any]]) -> list[Probe]:
+    """The scores on further splits, by length, variant and split, in the order of the records; empty where the task has none."""
+    metric, groups = probe_metric(records), {}
+    for record in records:
+        for split, scores in (record.get("probes") or {}).items() if record["status"] == "ok" else ():
+            groups.setdefault((record["cell"]["seq_len"], record["cell"]["variant"], split), []).append(scores[metric])
+    return [Probe(variant, T, split, *mean_interval(values), len(values)) for (T, variant, split), values in groups.items()]
+
+
+def probe_metric(records: list[dict[str, Any]]) -> str:
+    """What a split is scored by: 'eval_exact' where the task generates something, else 'eval_accuracy'."""
+    return "eval_exact" if generates(records) else "eval_accuracy"
+
+
+def generates(records: list[dict[str, Any]]) -> bool:
+    """Whether the task counts examples without a mistake: its floors do."""
+    return any("eval_exact" in floor for r in records for floor in (r.get("floors") or {}).values())
 
 
 def mean_interval(values: list[float]) -> tuple[float | None, float | None]:
@@ -217,7 +248,7 @@ def _row(records: list[dict], reference: list[dict]) -> Row:
     step_s, reference_s = pool(median, *step, "median_s"), pool(median, *step, "median_s", of=[r for r in reference if r["status"] == "ok"])
     loss, loss_interval = mean_interval(_values(ok, "metrics", f"eval_{headline(records)}"))
     accuracy, accuracy_interval = mean_interval(_values(ok, "metrics", "eval_accuracy"))
-    exact, exact_interval = mean_interval(_values(ok, "metrics", "eval_exact") if any("eval_exact" in floor for r in records for floor in (r.get("floors") or {}).values()) else [])
+    exact, exact_interval = mean_interval(_values(ok, "metrics", "eval_exact") if generates(records) else [])
     rates = [(rate, fraction) for r in ok for rate, fraction in [_rate(r)] if rate is not None]
     fractions = [fraction for _, fraction in rates if fraction is not None]
     lower_s, compile_s = (pool(median, "compile", "train_step", part, of=records) for part in ("lower_s", "compile_s"))

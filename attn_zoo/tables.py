@@ -107,6 +107,25 @@ def scaling_table(rows: list[Row]) -> Table:
     return Table("attn-zoo-scaling", "Growth with T.", list(columns), body, {"variant"}, notes)
 
 
+def probe_table(records: list[dict[str, Any]]) -> Table:
+    """Every variant on every further split of the task, one column a split."""
+    found = summary.probes(records)
+    exact = summary.probe_metric(records) == "eval_exact"
+    splits, lengths = list(dict.fromkeys(p.split for p in found)), sorted({p.seq_len for p in found})
+    score = {(p.seq_len, p.variant, p.split): with_interval(100 * p.score, _times(p.interval, 100), summary.DECIMALS - 2) for p in found}
+    ran = dict.fromkeys((p.seq_len, p.variant) for p in found)
+    body = [[*([number(T)] if len(lengths) > 1 else []), f"`{variant}`", *(score.get((T, variant, split), "–") for split in splits)] for T, variant in ran]
+    headings = [*(["T"] if len(lengths) > 1 else []), "variant", *map(split_title, splits)]
+    what = "Exact match, the share of examples without a mistake in any target" if exact else "Accuracy"
+    note = f"{what}, in % on each further split of the task: mean ± 95 % interval over seeds (Student's t)."
+    return Table("attn-zoo-probes", "By split.", headings, body, {"variant"}, [note])
+
+
+def split_title(split: str) -> str:
+    """The name of a split as a heading: 'length_8-11' is 'length 8–11'."""
+    return re.sub(r"(?<=\d)-(?=\d)", "–", split).replace("_", " ")
+
+
 def small_tables(rows: list[Row], records: list[dict[str, Any]]) -> list[str]:
     """For a README, in Markdown: loss, speed and memory, each with a row a variant and a column a length."""
     loss = summary.headline(records)

@@ -450,6 +450,13 @@ def decoded(record):
     return record | {"decode": {"step": step, "steps": 64, "batch": 4, "tokens_per_s": 2000.0, "refeed_tokens_per_s": 20.0, "state_bytes": 4096.0}}
 
 
+def probed(record, splits=("length_8-11", "length_12-15", "length_16-19")):
+    """The same record, with scores on further splits; exact match falls by a tenth a split, and by a hundredth a seed."""
+    score = lambda n: {"eval_loss": 1.0, "eval_accuracy": 0.99, "eval_exact": 0.9 - 0.1 * n - record["cell"]["seed"] / 100}
+    floors = {name: floor | {"eval_exact": 0.0} for name, floor in record["floors"].items()}
+    return record | {"floors": floors, "probes": {split: score(n) for n, split in enumerate(splits)}}
+
+
 def test_generation_has_columns_where_it_was_measured():
     assert not {"decode, tokens/s", "re-fed, tokens/s", "state, KiB"} & set(markdown_rows(sweep())[0])
     rows = [row for row in markdown_rows([*map(decoded, sweep())]) if not row["variant"].startswith("floor")]
@@ -466,8 +473,23 @@ def test_exact_match_has_a_column_where_a_task_has_floors_of_it():
     assert {row["exact match, %"] for row in rows} == {"75.0 ± 0.0", "1.0"}
 
 
+def test_further_splits_have_a_table_a_file_and_a_figure():
+    assert "By split" not in report.tables(sweep())["table.md"] and "probes.csv" not in report.tables(sweep())
+    records = [*map(probed, sweep(variants=("full", "linear"), lengths=(256,))), failed("error", "no", T=256, seed=3)]
+    texts = report.tables(records)
+    table = [cells(line) for line in texts["table.md"].split("**By split.**")[1].split("**Growth")[0].splitlines() if line.startswith("|")]
+    assert table[0] == ["variant", "length 8–11", "length 12–15", "length 16–19"]
+    assert table[2:] == [[f"`{variant}`", "89.0 ± 2.5", "79.0 ± 2.5", "69.0 ± 2.5"] for variant in ("full", "linear")]
+    found = list(csv.DictReader(io.StringIO(texts["probes.csv"])))
+    assert [(r["variant"], r["split"], float(r["score"]), r["seeds_ok"]) for r in found[:2]] == [("full", "length_8-11", 0.89, "3"), ("full", "length_12-15", 0.79, "3")]
+    [ax] = figures.figures(records)["probes"].axes
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["8–11", "12–15", "16–19"] and ax.get_ylabel() == "exact match, %"
+    without = [record | {"floors": {}} for record in records]
+    assert "99.0 ± 0.0" in report.tables(without)["table.md"], "accuracy, where nothing is generated"
+
+
 def test_the_report_writes_every_file_and_the_page_needs_no_other(tmp_path):
-    records = [*map(decoded, sweep(seeds=(0, 1))), failed("error", "a <b> & c", T=4096)]
+    records = [*map(probed, map(decoded, sweep(seeds=(0, 1)))), failed("error", "a <b> & c", T=4096)]
     write_workdir(tmp_path, records)
     printed = report.write_report(tmp_path)
     assert printed == (tmp_path / "table.md").read_text()
@@ -553,6 +575,7 @@ def test_nothing_is_cut_off_and_the_legend_covers_no_curve(count):
     variants = ["full"] + [f"local(window={2**i % 997 + i}, another_option={i})" for i in range(1, count)]
     step = lambda v, T: {"median_s": 1e-5 * T * (1 + len(v) % 5), "p20_s": 1e-5 * T, "p80_s": 1e-4 * T, "n": 9}
     records = [make(T=T, cell={**make(T=T)["cell"], "variant": v}, speed={"train_step": step(v, T)}) for T in LENGTHS for v in variants]
+    records = [probed(record, [f"length_{n}-{n + 9}" for n in range(100, 200, 10)]) for record in records]
     for name, figure in figures.figures(records).items():
         figure.canvas.draw()
         page = figure.bbox
