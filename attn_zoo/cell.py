@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attn_zoo import measure, provenance, train
+from attn_zoo import estimator, measure, provenance, train
 from attn_zoo.attention import find, parse_variant
 from attn_zoo.checkpoints import Checkpoints
 from attn_zoo.config import Cell
@@ -89,6 +89,8 @@ def _fill(record: dict, cell: Cell, workdir: str, data_dir: str, report: Callabl
     record["probes"] = trained.probes
     record["curve"] = trained.curve
     record["statistics"] = model.statistics(trained.state["params"], trained.state["rest"])
+    if estimator.samples(model):
+        record["estimator"] = estimator.variance(model, trained.state, next(task.train_iterator(B, cell.seed)))
     record["compilations"], record["resumed_from"] = trained.compilations, trained.resumed_from
     lap("train")
 

@@ -139,6 +139,14 @@ class Model:
         return sums, nnx.to_pure_dict(rest)
 
 
+def baseline_of(state: State) -> jax.Array:
+    """What the losses of samples are compared with, nats a target.
+
+    The average starts at zero, and what it lacks in the first steps is made up for; before the first, there is nothing to compare with.
+    """
+    return state["baseline"] / jnp.maximum(1 - BASELINE_DECAY ** state["step"], 1 - BASELINE_DECAY)
+
+
 def per_example(x: jax.Array) -> jax.Array:
     """The sum over all that belongs to an example, [B]."""
     return x.reshape(len(x), -1).sum(axis=1)
@@ -196,9 +204,7 @@ def make_steps(model: Model, train: config.Train, mesh: Mesh) -> Steps:
 
     def train_step(state, batch):
         key = jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"])
-        # The average starts at zero, and what it lacks in the first steps is made up for; before the first, there is nothing to compare with.
-        baseline = state["baseline"] / jnp.maximum(1 - BASELINE_DECAY ** state["step"], 1 - BASELINE_DECAY)
-        metrics, grads, rest = gradients(state["params"], state["rest"], batch, jax.random.fold_in(key, jax.lax.axis_index("data")), baseline)
+        metrics, grads, rest = gradients(state["params"], state["rest"], batch, jax.random.fold_in(key, jax.lax.axis_index("data")), baseline_of(state))
         updates, opt_state = optimizer.update(grads, state["optimizer"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         moved = {"baseline": BASELINE_DECAY * state["baseline"] + (1 - BASELINE_DECAY) * metrics["loss"], "step": state["step"] + 1}

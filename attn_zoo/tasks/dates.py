@@ -7,6 +7,7 @@ locales: so a text means one day, and none that is evaluated is ever trained on.
 
 import datetime
 import functools
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -41,12 +42,13 @@ FORMS = {  # the locale's own, and patterns (Unicode TR 35) that every locale fi
 SOURCE_SEPARATOR, TARGET_SEPARATOR = " ; ", " "
 TARGET_ALPHABET = "0123456789-" + TARGET_SEPARATOR
 SHORTEST, LONGEST = 8, 39  # characters of one date
-BIN = 4  # lengths of one date that share a probe
+BIN = 4  # lengths that share a probe, for every date that a source may have
 
 
 @dataclass(frozen=True)
 class Options:
-    """`dates` stand in one source, ' ; ' between two, of years[0] to years[1]; `joined` makes one sequence, for a decoder alone.
+    """`dates` stand in one source, ' ; ' between two, or as many as it says from a first to a last number; of years[0] to years[1]. `joined` makes one
+    sequence, for a decoder alone.
 
     Evaluation has no source twice, and where the options leave fewer than asked for, has those.
     """
@@ -54,15 +56,20 @@ class Options:
     locales: tuple[str, ...] = LOCALES
     forms: tuple[str, ...] = tuple(FORMS)
     years: tuple[int, int] = (1900, 2099)
-    dates: int = 1
+    dates: int | tuple[int, int] = 1
     joined: bool = False
     train_examples: int = 20_000
     validation_examples: int = 1_000
     test_examples: int = 1_000
 
     def __post_init__(self):
-        for name in ("dates", "train_examples", "validation_examples", "test_examples"):
+        for name in ("train_examples", "validation_examples", "test_examples"):
             check_int(name, getattr(self, name), 1)
+        if isinstance(self.dates, tuple):
+            whole = len(self.dates) == 2 and all(isinstance(n, int) and not isinstance(n, bool) for n in self.dates)
+            check(whole and 1 <= self.dates[0] <= self.dates[1], "dates", self.dates, "must be a number, or (fewest, most), 1 at least")
+        else:
+            check_int("dates", self.dates, 1)
         for name, known in (("locales", LOCALES), ("forms", FORMS)):
             values = getattr(self, name)
             check(isinstance(values, tuple) and values != (), name, values, f"must be a tuple of names, as in {tuple(known)[:2]}")
@@ -74,11 +81,16 @@ class Options:
         check(whole and years[0] <= years[1], "years", self.years, "must be (first, last), both of four digits")
         check_choice("joined", self.joined, (False, True))
 
+    @property
+    def counts(self) -> tuple[int, int]:
+        """The fewest and the most dates of a source."""
+        return self.dates if isinstance(self.dates, tuple) else (self.dates, self.dates)
+
 
 class Dates(PairTask):
     """Written dates to ISO dates; a decoder's task, with an encoder or alone.
 
-    The probes length_M-N are of validation's days, each of one range of source lengths: all dates of a source from one bin of four characters.
+    The probes length_M-N are of validation's days, each of sources of one range of lengths, four characters for every date that a source may have.
     """
 
     name = "dates"
@@ -86,12 +98,12 @@ class Dates(PairTask):
 
     def __init__(self, options: Options, seq_len: int, data_dir: str):
         super().__init__(options, seq_len, data_dir)
-        n = options.dates
+        _, most = options.counts
         self.lay_out(
             source_vocab=RESERVED + len(alphabet()),
-            target_vocab=RESERVED + len(TARGET_ALPHABET) - (n == 1),  # without the separator
-            source_len=total_length(n, LONGEST, SOURCE_SEPARATOR),
-            target_len=total_length(n, len("2026-11-21"), TARGET_SEPARATOR),
+            target_vocab=RESERVED + len(TARGET_ALPHABET) - (most == 1),  # without the separator
+            source_len=total_length(most, LONGEST, SOURCE_SEPARATOR),
+            target_len=total_length(most, len("2026-11-21"), TARGET_SEPARATOR),
             joined=options.joined,
         )
 
@@ -101,8 +113,9 @@ class Dates(PairTask):
         locales = "all" if set(o.locales) == set(LOCALES) else "-".join(sorted(o.locales))
         forms = "all" if set(o.forms) == set(FORMS) else "-".join(sorted(o.forms))
         sizes = {split: getattr(o, f"{split}_examples") for split in prepared.SPLITS}
-        name = "-".join(map(str, (f"babel{babel.__version__}", locales, forms, *o.years, f"dates{o.dates}", *sizes.values())))
-        layout = Layout(tuple(sorted(o.locales)), tuple(sorted(o.forms)), o.years, o.dates)
+        counts = "to".join(map(str, dict.fromkeys(o.counts)))
+        name = "-".join(map(str, (f"babel{babel.__version__}", locales, forms, *o.years, f"dates{counts}", *sizes.values())))
+        layout = Layout(tuple(sorted(o.locales)), tuple(sorted(o.forms)), o.years, o.counts)
         return prepared.prepare(DatesBuilder, prepared.Config(name=name, options=(layout, sizes)), self.data_dir)
 
     @property
@@ -167,7 +180,7 @@ class Layout:
     locales: tuple[str, ...]
     forms: tuple[str, ...]
     years: tuple[int, int]
-    dates: int
+    dates: tuple[int, int]
 
     def days(self, split: str) -> list[datetime.date]:
         """The days of a split."""
@@ -176,7 +189,7 @@ class Layout:
         return [day for day in days if prepared.split_of(day.isoformat()) == split]
 
 
-Written = tuple[str, str]  # one date: as its locale writes it, and in ISO 8601
+Written = tuple[str, str]  # dates as their locales write them, and in ISO 8601
 
 
 def draw(layout: Layout, days: Sequence[datetime.date], rng: np.random.RandomState):
@@ -191,7 +204,7 @@ def draw(layout: Layout, days: Sequence[datetime.date], rng: np.random.RandomSta
 def distinct(rows, n: int):
     """The first n rows whose source is new, out of at most 20 n."""
     seen = set()
-    for _, (source, target) in zip(range(20 * n), rows):
+    for source, target in itertools.islice(rows, 20 * n):
         if source not in seen:
             seen.add(source)
             yield source, target
@@ -199,9 +212,11 @@ def distinct(rows, n: int):
             return
 
 
-def sources(dates, n: int):
-    """Yields (source, target) of n dates each."""
-    for row in zip(*[iter(dates)] * n):
+def sources(layout: Layout, days: Sequence[datetime.date], rng: np.random.RandomState):
+    """Yields (source, target) without end; how many dates a source has is uniform too."""
+    dates, (fewest, most) = draw(layout, days, rng), layout.dates
+    while True:
+        row = list(itertools.islice(dates, rng.randint(fewest, most + 1) if fewest < most else most))
         yield SOURCE_SEPARATOR.join(text for text, _ in row), TARGET_SEPARATOR.join(iso for _, iso in row)
 
 
@@ -209,24 +224,26 @@ class DatesBuilder(prepared.Builder):
     """Dates as people write them, and in ISO 8601."""
 
     name = "dates"
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "Uniform days, locales and forms on RandomState; days are split 90 / 5 / 5 by the SHA-256 of their ISO date."}
+    VERSION = tfds.core.Version("1.1.0")
+    RELEASE_NOTES = {"1.1.0": "Uniform numbers of dates, days, locales and forms on RandomState; days are split 90 / 5 / 5 by the SHA-256 of their ISO date."}
 
     def features(self):
         return {"source": tfds.features.Text(), "target": tfds.features.Text()}
 
     @functools.cached_property
     def probed(self) -> dict[str, list[Written]]:
-        """Dates of validation's days by the range of source lengths that sources made of them have, shortest first."""
+        """Sources of validation's days by the range that their length is in, shortest first; of ranges that hold a tenth of what is asked for, or more."""
         layout, sizes = self.builder_config.options
-        rng = np.random.RandomState(len(prepared.SPLITS))
-        dates = zip(range(50 * sizes["validation"]), draw(layout, layout.days("validation"), rng))
-        bins = defaultdict(set)
-        for _, (text, iso) in dates:
-            bins[(len(text) - SHORTEST) // BIN].add((text, iso))
-        ends = lambda i: (SHORTEST + BIN * i, SHORTEST + BIN * i + BIN - 1)
-        name = lambda i: "length_{}-{}".format(*(total_length(layout.dates, end, SOURCE_SEPARATOR) for end in ends(i)))
-        return {name(i): sorted(bins[i]) for i in sorted(bins)}
+        n, width = sizes["validation"], BIN * layout.dates[1]
+        shortest = total_length(layout.dates[0], SHORTEST, SOURCE_SEPARATOR)
+        ranges = defaultdict(dict)  # of sources, each once, and their targets
+        rows = sources(layout, layout.days("validation"), np.random.RandomState(len(prepared.SPLITS)))
+        for source, target in itertools.islice(rows, 50 * n):
+            found = ranges[(len(source) - shortest) // width]
+            if len(found) < n:
+                found[source] = target
+        name = lambda i: f"length_{shortest + width * i}-{shortest + width * (i + 1) - 1}"
+        return {name(i): list(ranges[i].items()) for i in sorted(ranges) if 10 * len(ranges[i]) >= n}
 
     def probes(self):
         return tuple(self.probed)
@@ -234,13 +251,9 @@ class DatesBuilder(prepared.Builder):
     def generate(self, split):
         layout, sizes = self.builder_config.options
         if split in self.probed:
-            dates, n = self.probed[split], sizes["validation"]
-            rng = np.random.RandomState(len(prepared.SPLITS) + 1 + list(self.probed).index(split))
-            drawn = (dates[i] for i in iter(lambda: rng.randint(len(dates)), None))
+            rows = self.probed[split]
         else:
-            n, rng = sizes[split], np.random.RandomState(prepared.SPLITS.index(split))
-            drawn = draw(layout, layout.days(split), rng)
-        rows = sources(drawn, layout.dates)
-        rows = (row for _, row in zip(range(n), rows)) if split == "train" else distinct(rows, n)
+            rows = sources(layout, layout.days(split), np.random.RandomState(prepared.SPLITS.index(split)))
+            rows = itertools.islice(rows, sizes[split]) if split == "train" else distinct(rows, sizes[split])
         for source, target in rows:
             yield {"source": source, "target": target}

@@ -6,6 +6,7 @@ from collections import defaultdict
 import babel
 import pytest
 
+from attn_zoo.spec import UserError
 from attn_zoo.tasks import load_task
 from attn_zoo.tasks.dates import FORMS, LOCALES, alphabet, encode, pattern, write
 from attn_zoo.tasks.prepared import SPLITS
@@ -64,18 +65,20 @@ def test_alphabet_and_lengths_hold_all_that_is_written(written):
     assert not any("  " in text or text != text.strip() or text != text.lower() for text in written)
 
 
-@pytest.mark.parametrize("dates", [1, 3])
+@pytest.mark.parametrize("dates", [1, 3, (1, 3)])
 def test_the_target_is_the_days_of_the_source(data_dir, dates):
+    least, most = dates if isinstance(dates, tuple) else (dates, dates)
     task = load_task(f"dates(dates={dates}, {SIZES})", 33, data_dir)
     for split in SPLITS:
         for source, target in rows(task, split)[:15]:
             texts, days = source.split(" ; "), target.split(" ")
-            assert len(texts) == len(days) == dates
+            assert least <= len(texts) == len(days) <= most
             for text, day in zip(texts, map(datetime.date.fromisoformat, days)):
                 assert text in {write(day, locale, form) for locale in LOCALES for form in FORMS}
+    assert {source.count(";") + 1 for source, _ in rows(task, "train")} == set(range(least, most + 1))
 
 
-@pytest.mark.parametrize("dates", [1, 3])
+@pytest.mark.parametrize("dates", [1, (2, 3)])
 def test_no_day_is_in_two_splits(data_dir, dates):
     task = load_task(f"dates(dates={dates}, {SIZES})", 33, data_dir)
     texts = {split: {text for source, _ in rows(task, split) for text in source.split(" ; ")} for split in (*SPLITS, *task.probes)}
@@ -86,18 +89,24 @@ def test_no_day_is_in_two_splits(data_dir, dates):
     assert len({source for source, _ in rows(task, "validation")}) == 60
 
 
-@pytest.mark.parametrize("dates", [1, 2, 4])
+@pytest.mark.parametrize("dates", [1, 2, (1, 3)])
 def test_probes_are_ranges_of_source_lengths(data_dir, dates):
     task = load_task(f"dates(dates={dates}, {SIZES})", 44, data_dir)
     ranges = [tuple(map(int, probe.removeprefix("length_").split("-"))) for probe in task.probes]
-    least, most = (n * dates + 3 * (dates - 1) for n in (8, 39))
-    assert ranges == sorted(ranges) and ranges[0][0] == least and ranges[-1][1] <= most == task.source_len
-    assert all(high < low for (_, high), (low, _) in zip(ranges, ranges[1:]))
+    fewest, most = dates if isinstance(dates, tuple) else (dates, dates)
+    assert ranges == sorted(ranges) and ranges[0][0] >= 8 * fewest + 3 * (fewest - 1) and ranges[-1][0] <= 39 * most + 3 * (most - 1) == task.source_len
+    assert {high - low + 1 for low, high in ranges} == {4 * most} and all(high < low for (_, high), (low, _) in zip(ranges, ranges[1:]))
     for probe, (low, high) in zip(task.probes, ranges):
         sources = [source for source, _ in rows(task, probe)]
-        assert 1 <= len(set(sources)) == len(sources) <= 60
+        assert 6 <= len(set(sources)) == len(sources) <= 60
         assert all(low <= len(source) <= high for source in sources)
-    assert len(ranges) >= 6
+    assert len(ranges) >= 4
+
+
+@pytest.mark.parametrize("dates", [(2, 1), (0, 1), (1, 2, 3), 0, (True, 2)])
+def test_a_bad_number_of_dates_is_refused_in_one_line(data_dir, dates):
+    with pytest.raises(UserError, match=r" dates=.* must be [^\n]*$"):
+        load_task(f"dates(dates={dates})", 33, data_dir)
 
 
 def test_batches_spell_the_texts(data_dir):

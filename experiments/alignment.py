@@ -1,0 +1,21 @@
+"""What alignment is for: recurrent models on one to three dates at a time, whose sources grow to over a hundred characters.
+
+    python launch.py --config=experiments/alignment.py
+    python launch.py --config=experiments/alignment.py --workdir=results/alignment_transformer --set model.body=transformer --variants=full
+
+As Bahdanau et al. 2015, fig. 2: without attention (`none`) everything that is said must pass through one vector of fixed size. Exact match by source length is
+in the second table and in figures/probes. Nothing is timed.
+"""
+
+from attn_zoo.config import Experiment, Measure, Model, Train
+
+experiment = Experiment(
+    name="alignment",
+    task="dates(dates=(1, 3))",
+    variants=("none", "additive", "dot", "general", "concat", "local_m", "local_p", "hard"),
+    seq_lens=(33,),  # of the target; a source has up to 123 characters
+    seeds=(0, 1, 2),
+    model=Model(body="recurrent", D=96, layers=1),
+    train=Train(steps=2000, tokens_per_step=64 * 33, lr=3e-3, warmup=100, weight_decay=0.01, eval_tokens=16_500),
+    measure=Measure(modes=()),
+)
