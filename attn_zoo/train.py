@@ -101,6 +101,7 @@ class Model:
     def logits(self, model: nnx.Module, batch: Batch, key: jax.Array | None) -> jax.Array:
         """What the model makes of a batch."""
         source = {"source": batch["source"], "source_valid": batch.get("source_valid")} if "source" in batch else {}
+        source |= {"candidates": batch["candidates"]} if "candidates" in batch else {}
         return model(batch["inputs"], valid_BT=batch["valid"] if self.padded else None, key=key, **source)
 
     def sums(

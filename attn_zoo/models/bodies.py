@@ -1,5 +1,5 @@
 """What a cell's model can be, by model.body: the Transformer, whose variants are the zoo, or what it replaced: a recurrent model, whose variants are
-alignments, or a stack of convolutions.
+alignments, or a stack of convolutions; or a reader, which answers by pointing.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ from flax import nnx
 from attn_zoo import config
 from attn_zoo.attention import VARIANTS
 from attn_zoo.models.convolutional_stack import CONVOLUTIONS, ConvolutionStack
+from attn_zoo.models.reader import READERS, Reader
 from attn_zoo.models.recurrent import ALIGNMENTS, Recurrent
 from attn_zoo.models.transformer import Transformer
 from attn_zoo.spec import Spec, UserError
@@ -43,8 +44,31 @@ def _convolutional(
     return ConvolutionStack(model, convolutions=variant[0], **sizes)
 
 
+def _reader(
+    model: config.Model,
+    *,
+    variant: list[Spec],
+    attention: config.Attention,
+    inputs_vocab: int,
+    num_outputs: int,
+    max_len: int,
+    causal: bool,
+    per_token: bool,
+    source_vocab: int,
+    source_len: int,
+    image_shape: tuple | None,
+    rngs: nnx.Rngs,
+) -> Reader:
+    if len(variant) > 1:
+        raise UserError(f"[{', '.join(map(str, variant))}]: a reader has one attention, not one a layer")
+    if causal or per_token or not source_len or not inputs_vocab == source_vocab == num_outputs:
+        raise UserError("a reader answers a query with a word of a document: use the task cloze, or another model.body")
+    return Reader(model, variant=variant[0], vocab=num_outputs, max_len=max_len, document_len=source_len, rngs=rngs)
+
+
 BODIES = {
     "transformer": Body(VARIANTS, "attention variant", Transformer),
     "recurrent": Body(ALIGNMENTS, "alignment", _recurrent),
     "convolutional": Body(CONVOLUTIONS, "convolution", _convolutional),
+    "reader": Body(READERS, "reader", _reader),
 }

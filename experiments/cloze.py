@@ -1,0 +1,19 @@
+"""Which identifier was taken out of a sentence of documentation? Readers that point at it in the text around, beside guesses by how often each stands there.
+
+    python launch.py --config=experiments/cloze.py
+
+Attention-over-attention (Cui et al. 2017), its ancestor the attention sum (Kadlec et al. 2016), and no attention to the text at all. Nothing is timed.
+"""
+
+from attn_zoo.config import Experiment, Measure, Model, Train
+
+experiment = Experiment(
+    name="cloze",
+    task="cloze",
+    variants=("none", "attention_sum", "attention_over_attention"),
+    seq_lens=(48,),  # of the query; the document has up to 256 words
+    seeds=(0, 1, 2),
+    model=Model(body="reader", D=128, layers=1, dropout=0.2),
+    train=Train(steps=800, tokens_per_step=32 * 48, lr=2e-3, warmup=100, weight_decay=0.01, eval_tokens=96_000),
+    measure=Measure(modes=()),
+)
