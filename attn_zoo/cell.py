@@ -86,7 +86,7 @@ def _fill(record: dict, cell: Cell, workdir: str, data_dir: str, report: Callabl
     record["metrics"] = {"train_loss": trained.curve["train_loss"][-1] if trained.curve["train_loss"] else None} | trained.scores
     if task.loss_name != "loss":
         record["metrics"] |= {name: v for name, v in task.score(trained.scores["eval_loss"], trained.scores["eval_accuracy"]).items()}
-    record["probes"] = trained.probes
+    record["probes"], record["written"] = trained.probes, trained.written
     record["curve"] = trained.curve
     record["statistics"] = model.statistics(trained.state["params"], trained.state["rest"])
     if estimator.samples(model):

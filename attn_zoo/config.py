@@ -24,6 +24,8 @@ class Model:
     With body='recurrent' a variant is an alignment (attn_zoo.models.recurrent), of the fields those that have a meaning there are D, layers,
     encoder_layers, cell, dropout and dtype. With body='convolutional' it is a kind of convolution (attn_zoo.models.convolutional_stack).
     With body='reader' it is how an answer is found (attn_zoo.models.reader); the fields are those of a recurrent body.
+    With body='convnet', a convolutional network for pictures (attn_zoo.models.picture_classifier), it is what attends in the one layer of attention there, or
+    'none'; D are the channels of its stages (the first has half), layers is the number of stages, and of the other fields N, H and dtype have a meaning.
     """
 
     D: int = 256  # model dim
@@ -45,7 +47,7 @@ class Model:
     pool: Literal["mean", "first"] = "mean"  # how an encoder's output becomes one vector to classify
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are float32
     remat: bool = False  # recompute each block in the backward pass
-    body: Literal["transformer", "recurrent", "convolutional", "reader"] = "transformer"
+    body: Literal["transformer", "recurrent", "convolutional", "reader", "convnet"] = "transformer"
     cell: Literal["gru", "lstm"] = "gru"  # of a recurrent body
 
     def __post_init__(self):

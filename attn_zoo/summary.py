@@ -35,6 +35,8 @@ class Row:
     accuracy_interval: float | None = None
     exact: float | None = None  # share of examples without any mistake, where a task generates something
     exact_interval: float | None = None
+    slots: float | None = None  # share of what is said that is right, where a task has slots and the model writes by itself
+    slots_interval: float | None = None
     tokens_per_step: int | None = None
     tokens_per_s: float | None = None
     times_faster: float | None = None  # than the reference at this length: its step time over this one's
@@ -249,6 +251,7 @@ def _row(records: list[dict], reference: list[dict]) -> Row:
     loss, loss_interval = mean_interval(_values(ok, "metrics", f"eval_{headline(records)}"))
     accuracy, accuracy_interval = mean_interval(_values(ok, "metrics", "eval_accuracy"))
     exact, exact_interval = mean_interval(_values(ok, "metrics", "eval_exact") if generates(records) else [])
+    slots, slots_interval = mean_interval(_values(ok, "written", "eval_slots"))
     rates = [(rate, fraction) for r in ok for rate, fraction in [_rate(r)] if rate is not None]
     fractions = [fraction for _, fraction in rates if fraction is not None]
     lower_s, compile_s = (pool(median, "compile", "train_step", part, of=records) for part in ("lower_s", "compile_s"))
@@ -267,6 +270,8 @@ def _row(records: list[dict], reference: list[dict]) -> Row:
         accuracy_interval=accuracy_interval,
         exact=exact,
         exact_interval=exact_interval,
+        slots=slots,
+        slots_interval=slots_interval,
         tokens_per_step=pool(median, "tokens_per_step"),
         tokens_per_s=pool(median, "tokens_per_s"),
         times_faster=reference_s / step_s if reference_s and step_s else None,
@@ -315,13 +320,14 @@ def _floors(records: list[dict], T: int) -> list[Row]:
         loss, _ = mean_interval(_values(at_T, "floors", name, f"eval_{headline(records)}"))
         accuracy, _ = mean_interval(_values(at_T, "floors", name, "eval_accuracy"))
         exact, _ = mean_interval(_values(at_T, "floors", name, "eval_exact"))
-        result.append(Row(name, T, "floor", loss=loss, accuracy=accuracy, exact=exact))
+        slots, _ = mean_interval(_values(at_T, "floors", name, "eval_slots"))
+        result.append(Row(name, T, "floor", loss=loss, accuracy=accuracy, exact=exact, slots=slots))
     return result
 
 
 def _as_printed(floors: list[Row]) -> tuple:
     digits = lambda x: None if x is None else round(x, DECIMALS)
-    return tuple((floor.variant, digits(floor.loss), digits(floor.accuracy), digits(floor.exact)) for floor in floors)
+    return tuple((floor.variant, digits(floor.loss), digits(floor.accuracy), digits(floor.exact), digits(floor.slots)) for floor in floors)
 
 
 def _curves(shared: list[int], reference: dict[int, Row], own: dict[int, Row]) -> list[tuple[list, list]]:

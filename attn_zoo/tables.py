@@ -40,6 +40,7 @@ def main_table(rows: list[Row], records: list[dict[str, Any]]) -> Table:
         LOSS_TITLES[loss]: lambda r: with_interval(r.loss, r.loss_interval, summary.DECIMALS),
         "accuracy, %": lambda r: with_interval(_times(r.accuracy, 100), _times(r.accuracy_interval, 100), summary.DECIMALS - 2),
         "exact match, %": lambda r: with_interval(_times(r.exact, 100), _times(r.exact_interval, 100), summary.DECIMALS - 2),
+        "slots, %": lambda r: with_interval(_times(r.slots, 100), _times(r.slots_interval, 100), summary.DECIMALS - 2),
         "tokens/s": lambda r: number(r.tokens_per_s),
         f"× {REFERENCE}": lambda r: with_interval(r.times_faster, None, 2),
         "step, ms (p20–p80)": lambda r: _step(r) + DISTURBED * r.disturbed,
@@ -54,7 +55,7 @@ def main_table(rows: list[Row], records: list[dict[str, Any]]) -> Table:
         "seeds": lambda r: "" if r.status == "floor" else _seeds(r),
     }
     # What no cell was asked for has no column.
-    optional = {"accuracy, %": "accuracy", "exact match, %": "exact"}
+    optional = {"accuracy, %": "accuracy", "exact match, %": "exact", "slots, %": "slots"}
     optional |= {"decode, tokens/s": "decode_tokens_per_s", "re-fed, tokens/s": "refeed_tokens_per_s", "state, KiB": "state_bytes"}
     for column, field in optional.items():
         if all(getattr(row, field) is None for row in rows):
@@ -66,6 +67,8 @@ def main_table(rows: list[Row], records: list[dict[str, Any]]) -> Table:
     note = "Loss" + (" and accuracy" if "accuracy, %" in columns else "") + " on held-out data: mean ± 95 % interval over seeds (Student's t). "
     if "exact match, %" in columns:
         note += "Exact match is the share of examples without a mistake in any target. "
+    if "slots, %" in columns:
+        note += "Slots is the share of what is to be said that is right in what the model writes by itself, mean over the kinds of slot. "
     if "tokens/s" in columns:
         note += (
             f"Tokens/s, × {REFERENCE} (how many times faster at the same T) and step are of the train step: median of its steps, median over seeds, "

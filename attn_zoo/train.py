@@ -22,6 +22,7 @@ from attn_zoo import config
 from attn_zoo.attention import Attention, Drawn, Loss, ScoreFunction, Statistic, parse_variant
 from attn_zoo.measure import compile_timed
 from attn_zoo.models import BODIES, compiler_options
+from attn_zoo.models.generation import sample
 from attn_zoo.tasks.base import Batch, Task
 
 if TYPE_CHECKING:
@@ -247,6 +248,7 @@ class Trained:
     curve: dict[str, list]
     scores: dict[str, float]
     probes: dict[str, dict[str, float]]  # the same on each further split of the task
+    written: dict[str, float]  # what the task says of targets that the model wrote by itself, where it says anything
     compile: dict[str, float]  # of the first compilation
     compilations: int
     train_step: Callable  # compiled, as the model is specialized at the end
@@ -306,9 +308,10 @@ def train(cell: config.Cell, task: Task, model: Model, mesh: Mesh, checkpoints: 
 
     scores = evaluate(steps.forward, state, eval_batches or task.eval_batches(B, c.eval_tokens), split, c.steps)
     probes = {name: evaluate(steps.forward, state, task.eval_batches(B, c.eval_tokens, name), split, c.steps) for name in task.probes}
+    written = evaluate_written(model, state, task, eval_batches or task.eval_batches(B, c.eval_tokens)) if task.begin_end is not None else {}
     curve["eval_step"].append(c.steps)
     curve["eval_loss"].append(scores["eval_loss"])
-    return Trained(state, curve, scores, probes, compiled, compilations, train_step, resumed_from)
+    return Trained(state, curve, scores, probes, written, compiled, compilations, train_step, resumed_from)
 
 
 def evaluate(forward: Callable, state: State, batches: list[Batch], sharding: NamedSharding, step: int) -> dict[str, float]:
@@ -321,3 +324,19 @@ def evaluate(forward: Callable, state: State, batches: list[Batch], sharding: Na
         raise Diverged(f"evaluation loss is {totals['entropy']} at step {step}")
     per_target = {"eval_loss": totals["entropy"] / totals["weight"], "eval_accuracy": totals["correct"] / totals["weight"]}
     return per_target | {"eval_exact": totals["exact"] / totals["examples"]}
+
+
+def evaluate_written(model: Model, state: State, task: Task, batches: list[Batch]) -> dict[str, float]:
+    """The task's scores of the targets that the model writes by itself, greedily, from the sources of the batches: no true word comes to its help."""
+    graph, arrays = nnx.split(model.bind(state["params"], state["rest"]))
+    (begin, end), T = task.begin_end, task.seq_len
+
+    @jax.jit
+    def write(arrays, sources):
+        model = nnx.merge(graph, arrays)
+        prompt_B1 = jnp.full((len(sources["source"]), 1), begin)
+        tokens_BL, _ = sample(model.step, model.start(len(prompt_B1), T, **sources), prompt_B1, T + 1, end=end)
+        return tokens_BL[:, 1:]
+
+    written = [write(arrays, {name: batch[name] for name in ("source", "source_valid") if name in batch}) for batch in batches]
+    return task.written_scores(np.concatenate(written), np.concatenate([batch["targets"] for batch in batches]))

@@ -473,6 +473,13 @@ def test_exact_match_has_a_column_where_a_task_has_floors_of_it():
     assert {row["exact match, %"] for row in rows} == {"75.0 ± 0.0", "1.0"}
 
 
+def test_slots_have_a_column_where_the_model_wrote_by_itself():
+    said = [record | {"written": {"eval_slots": 0.8, "eval_slot_colour": 0.9}} for record in sweep()]
+    floors = {"blind": {"eval_loss": 1.0, "eval_accuracy": 0.1, "eval_bits_per_byte": 1.4, "eval_slots": 0.3}}
+    assert "slots, %" not in markdown_rows(sweep())[0]
+    assert {row["slots, %"] for row in markdown_rows([record | {"floors": floors} for record in said])} == {"80.0 ± 0.0", "30.0"}
+
+
 def test_further_splits_have_a_table_a_file_and_a_figure():
     assert "By split" not in report.tables(sweep())["table.md"] and "probes.csv" not in report.tables(sweep())
     records = [*map(probed, sweep(variants=("full", "linear"), lengths=(256,))), failed("error", "no", T=256, seed=3)]

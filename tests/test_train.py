@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from attn_zoo import train
 from attn_zoo.attention.adaptive_span import AdaptiveSpan
 from attn_zoo.config import Train
+from attn_zoo.tasks import load_task
 from tiny import Staircase, make_cell
 
 SPANS = "adaptive_span(max_span=16, ramp=4, init=6, penalty=0.01)"
@@ -280,3 +281,37 @@ def test_exact_match_counts_examples_without_a_mistake():
     weights[3] = 0
     sums = steps.forward(params, rest, {**batch, "targets": jnp.asarray(targets), "weights": jnp.asarray(weights)})
     assert (int(sums["exact"]), int(sums["examples"])) == (2, 3)
+
+
+def test_what_a_model_writes_is_judged_by_the_task(tmp_path):
+    """Greedily, each word the likeliest behind those that it wrote itself, from the picture alone; no word behind the end."""
+    cell = make_cell("dot", T=11, task="shapes(max_shapes=2, train_examples=8, validation_examples=5, test_examples=1)", model={"body": "recurrent", "D": 8})
+    task = load_task(cell.task, cell.seq_len, str(tmp_path))
+    begin, end = task.begin_end
+    model = train.Model(cell, task)
+    params, rest = model.init()
+    readout = params["readout"]
+    params["readout"] = readout.at[end].set(0.3 * readout.mean(axis=0)) * 30  # says many things, and ends now and then
+    batches = task.eval_batches(4, tokens=10**6)
+    judged = []
+    task.written_scores = lambda *arrays: judged.extend(arrays) or {"eval_slots": 0.5}
+    assert train.evaluate_written(model, {"params": params, "rest": rest}, task, batches) == {"eval_slots": 0.5}
+    written, targets = judged
+    np.testing.assert_array_equal(targets, np.concatenate([batch["targets"] for batch in batches]))
+    bound, source = model.bind(params, rest), jnp.concatenate([batch["source"] for batch in batches])
+    inputs, ended = np.full((8, 12), begin), np.zeros(8, bool)
+    for t in range(11):
+        inputs[:, t + 1] = np.where(ended, 0, np.asarray(bound(jnp.asarray(inputs[:, :-1]), source=source))[:, t].argmax(axis=-1))
+        ended |= inputs[:, t + 1] == end
+    np.testing.assert_array_equal(written, inputs[:, 1:])
+
+
+def test_a_network_for_pictures_trains_and_its_gate_is_recorded(tmp_path):
+    task = "shapes(objective='same', train_examples=32, validation_examples=8, test_examples=1)"
+    cell = make_cell("axial(width=8)", T=64, task=task, tokens_per_step=4 * 64, steps=3, model={"body": "convnet", "D": 4, "layers": 3, "N": 1})
+    loaded = load_task(cell.task, cell.seq_len, str(tmp_path))
+    model = train.Model(cell, loaded)
+    trained = train.train(cell, loaded, model, train.make_mesh(2), None, lambda **event: None)
+    assert len(trained.curve["train_loss"]) == 3 and trained.probes == {}
+    ((name, gate),) = model.statistics(trained.state["params"], trained.state["rest"]).items()
+    assert name == "net.attention.learned_gate" and 0 < abs(gate) < 0.1  # two steps of 0.02, before the third

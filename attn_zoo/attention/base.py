@@ -101,6 +101,18 @@ class Statistic(nnx.Intermediate):
     """A number or small array worth recording (learned spans, realized compute); the train step carries it to the record."""
 
 
+def leave(module: nnx.Module, name: str, value: Array) -> None:
+    """Sets the variable `name` of a layer (a Loss, a Statistic, state that is updated) during a call.
+
+    A layer that a JAX transformation closes over, instead of merging it inside, is a pure function there and leaves nothing.
+    """
+    try:
+        # A new variable, since the old one may belong to an outer trace (merged from closed-over state) where it cannot change.
+        setattr(module, name, getattr(module, name).replace(value))
+    except TraceContextError:
+        return
+
+
 class Attention(nnx.Module):
     """One attention variant, built for its dims. Subclasses define `attend` and `attend_reference`."""
 
@@ -198,15 +210,8 @@ class Attention(nnx.Module):
             raise UserError(f"max_len={max_len} is over the max_len={self.dims.max_len} that this attention was built for")
 
     def leave(self, name: str, value: Array) -> None:
-        """Sets the layer's variable `name` (a Loss, a Statistic, state that is updated) during a call.
-
-        A layer that a JAX transformation closes over, instead of merging it inside, is a pure function there and leaves nothing.
-        """
-        try:
-            # A new variable, since the old one may belong to an outer trace (merged from closed-over state) where it cannot change.
-            setattr(self, name, getattr(self, name).replace(value))
-        except TraceContextError:
-            return
+        """Sets the variable `name` of this layer, as `leave` does."""
+        leave(self, name, value)
 
     def backend(self, masked: bool = False) -> str:
         """The backend that runs, given whether key validity is passed. Raises UserError if dims.backend names one that cannot serve."""

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from attn_zoo.attention import make_attention
+from attn_zoo.attention.base import Statistic, leave
 from attn_zoo.models.layers import EMBEDDING_STD, normal
 from attn_zoo.models.multi_head import MultiHeadAttention
 from attn_zoo.spec import Spec, check, check_int
@@ -83,10 +84,12 @@ class SelfAttention2D(nnx.Module):
         attention = make_attention(variant, num_heads=N, head_dim=head_dim, max_len=max_len, dtype=dtype, backend=backend, rngs=attention_rngs)
         self.mixer = MultiHeadAttention(attention, D=channels, rngs=rngs)
         self.gate = nnx.Param(jnp.zeros(()))
+        self.learned_gate = Statistic(jnp.zeros(()))
 
     def __call__(self, x_Bhwc: Float[Array, "B h w c"], *, key: Key[Array, ""] | None = None) -> Float[Array, "B h w c"]:
         """`key` is the variant's random key. Raises UserError for a grid larger than the one it was built for."""
         B, h, w, c = x_Bhwc.shape
+        leave(self, "learned_gate", jax.lax.stop_gradient(self.gate[...]))
         o_BSD = self.mixer(x_Bhwc.reshape(B, h * w, c), key=key)
         return x_Bhwc + self.gate[...].astype(x_Bhwc.dtype) * o_BSD.reshape(B, h, w, c)
 
@@ -120,6 +123,7 @@ class ConvolutionNet(nnx.Module):
         attention: str | Spec | None = None,
         attention_after: int = -1,
         N: int = 1,
+        H: int | None = None,
         dtype: Any = jnp.float32,
         backend: str = "auto",
         rngs: nnx.Rngs,
@@ -133,16 +137,17 @@ class ConvolutionNet(nnx.Module):
         self.image_shape = tuple(image_shape)
         self.attention_after = attention_after % stages
         self.stages = nnx.List([])
-        layer = None
         for i, c in enumerate(channels):
             stride = 2 if i else 1
             h, w = -(-h // stride), -(-w // stride)
             self.stages.append(Stage(in_channels, c, stride, dtype, rngs))
             in_channels = c
-            if attention is not None and i == self.attention_after:
-                layer = SelfAttention2D(c, (h, w), variant=attention, N=N, dtype=dtype, backend=backend, rngs=rngs)
-        self.attention = layer
         self.grid = (h, w)
+        layer = None
+        if attention is not None:  # drawn last, so that the stages start the same without it
+            like = dict(variant=attention, N=N, H=H, dtype=dtype, backend=backend)
+            layer = SelfAttention2D(channels[self.attention_after], self.sizes()[self.attention_after], **like, rngs=rngs)
+        self.attention = layer
 
     def __call__(self, picture_Bhwc: Float[Array, "B h w c"], *, key: Key[Array, ""] | None = None) -> Float[Array, "B h2 w2 d"]:
         """Channels in [0, 1]; they are centred here. Raises UserError for another size of picture than it was built for."""
@@ -154,7 +159,6 @@ class ConvolutionNet(nnx.Module):
             if self.attention is not None and i == self.attention_after:
                 x_Bhwc = self.attention(x_Bhwc, key=key)
         return x_Bhwc
-
 
     def sizes(self) -> list[tuple[int, int]]:
         """(height, width) of what each stage makes."""
@@ -212,7 +216,6 @@ class ConvolutionEncoder(nnx.Module):
         x_BhwD = jnp.einsum("Bhwc,cD->BhwD", x_Bhwc, self.out[...].astype(self.dtype)) + place_hwD.astype(self.dtype)
         return x_BhwD.reshape(len(x_BhwD), self.source_len, D)
 
-
     def multiply_adds(self) -> int:
         """Of one picture, outside an attention variant."""
         return self.net.multiply_adds() + self.source_len * self.out.size
@@ -220,26 +223,3 @@ class ConvolutionEncoder(nnx.Module):
     def kept(self) -> int:
         """About how many numbers the backward pass needs of one picture."""
         return self.net.kept() + 2 * self.source_len * self.out.shape[1]
-
-
-class PictureClassifier(nnx.Module):
-    """A picture to logits of classes: a ConvolutionNet, whose keywords it takes, and the mean over its cells."""
-
-    def __init__(
-        self,
-        image_shape: tuple[int, int, int],
-        num_classes: int,
-        *,
-        channels: Sequence[int] = CHANNELS,
-        attention: str | Spec | None = "full",
-        rngs: nnx.Rngs,
-        **net: Any,
-    ):
-        check_int("num_classes", num_classes, 2)
-        self.net = ConvolutionNet(image_shape, channels=channels, attention=attention, rngs=rngs, **net)
-        self.readout = normal(rngs.params(), (channels[-1], num_classes), EMBEDDING_STD)
-
-    def __call__(self, picture_Bhwc: Float[Array, "B h w c"], *, key: Key[Array, ""] | None = None) -> Float[Array, "B C"]:
-        """Float32 logits, of channels in [0, 1]; `key` is the random key of the attention layer."""
-        mean_Bc = self.net(picture_Bhwc, key=key).mean(axis=(1, 2), dtype=jnp.float32)
-        return mean_Bc @ self.readout[...]

@@ -15,12 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.errors import TraceContextError
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from attn_zoo import config
 from attn_zoo.attention import VARIANTS
-from attn_zoo.attention.base import Loss, Paper, ScoreFunction, Statistic
+from attn_zoo.attention.base import Loss, Paper, ScoreFunction, Statistic, leave
 from attn_zoo.attention.hard import Options as HardOptions
 from attn_zoo.models.layers import EMBEDDING_STD, dropout, normal
 from attn_zoo.models.pictures import ConvolutionEncoder, cells_of
@@ -387,12 +386,8 @@ class Recurrent(nnx.Module):
         self._put(log_prob=options.score_weight * log_prob_B, bonus=-options.entropy_weight * entropy, entropy=jax.lax.stop_gradient(entropy))
 
     def _put(self, **values):
-        """Sets variables, unless a JAX transformation closed over this model (see Attention.leave)."""
-        try:
-            for name, value in values.items():
-                setattr(self, name, getattr(self, name).replace(value))
-        except TraceContextError:
-            return
+        for name, value in values.items():
+            leave(self, name, value)
 
     def _read_out(self, features):
         return jnp.einsum("...D,VD->...V", features, self.readout[...].astype(features.dtype), preferred_element_type=jnp.float32)

@@ -3,7 +3,8 @@
 A task is built for one sequence length T. A batch is a dict of numpy arrays:
 inputs int32 [B, T], targets int32 [B, T] or [B], weights float32 like targets (1 where scored), valid bool [B, T] (False at padding).
 Where something is generated from a source, which an encoder reads, there are also source int32 [B, S] and source_valid bool [B, S], or,
-of a picture, source float32 [B, height, width, channels] alone.
+of a picture, source float32 [B, height, width, channels] alone. A picture that is all a model reads is itself the inputs, float32 [B, height, width, channels];
+T is then the number of cells of the grid of features on which attention stands.
 """
 
 import abc
@@ -28,14 +29,15 @@ class Task(abc.ABC):
     name: ClassVar[str]
     Options: ClassVar[type]  # frozen dataclass of what the spec may set
     causal: bool  # decoder, or encoder
-    inputs_vocab: int  # number of input ids, with mask, padding and CLS
+    inputs_vocab: int  # number of input ids, with mask, padding and CLS; 0 where there are none, but a picture
     num_outputs: int  # logits
     per_token: bool  # targets are [B, T]; else one class a sequence, [B]
     padded: bool = False  # whether any position may be invalid: if not, models need no key validity
     source_vocab: int = 0  # number of source ids; 0 where there is no source, or it is a picture
     source_len: int = 0  # S
-    image_shape: tuple[int, int, int] | None = None  # of a source that is a picture
+    image_shape: tuple[int, int, int] | None = None  # of a picture: the source, or where inputs_vocab is 0 the inputs
     probes: tuple[str, ...] = ()  # further splits that eval_batches knows, each scored by itself at the end (one length, one language ...)
+    begin_end: tuple[int, int] | None = None  # ids around a target, where a model is also to write whole ones by itself, for `written_scores`
     loss_name: str = "loss"  # the headline: nats, or "bits_per_byte" (nats / ln 2)
     allow_download: bool = False  # whether preparing may fetch what is not on this machine
 
@@ -91,6 +93,10 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def provenance(self) -> dict[str, Any]:
         """Which data these are, for the record."""
+
+    def written_scores(self, written_BT: np.ndarray, targets_BT: np.ndarray) -> dict[str, float]:
+        """Scores of targets that a model wrote by itself, one after the other word; rows without a target count nothing. For tasks with `begin_end`."""
+        raise NotImplementedError
 
     def score(self, loss: float, accuracy: float) -> dict[str, float]:
         """A floor's entry; the loss is in nats."""

@@ -1,50 +1,34 @@
-"""`shapes`: captions of drawn pictures, each of up to three shapes: "a large red circle above a small blue square".
+"""`shapes`: drawn pictures of up to three shapes, to be described or compared.
 
-A caption is a function of its picture. Larger shapes are named first, and of one size the colours go by the alphabet; no two shapes share both. Each is
-said to be above, below, left of or right of the one named next, by the axis on which their centres are farther apart, by MARGIN pixels more at least:
-"a large red circle left of a small blue square that is below a small red triangle". Shapes never touch.
+objective='captions': "a large red circle above a small blue square". A caption is a function of its picture. Larger shapes are named first, and of one size
+the colours go by the alphabet; no two shapes share both. Each is said to be above, below, left of or right of the one named next, by the axis on which their
+centres are farther apart, by MARGIN pixels more at least: "a large red circle left of a small blue square that is below a small red triangle".
 
-Splits share no caption: its checksum says where it belongs, so what is evaluated are combinations never seen in training.
+objective='same': have two of the shapes the same colour? All are small and far apart (scenes.FAR), so that the answer lies in no one place, and neither what
+each looks like by itself nor how many they are tells it. Same and different are what convolutional networks are poor at (Kim et al. 2018, "Not-So-CLEVR").
+
+Splits share no caption, and of what is compared none either: its checksum says where it belongs, so what is evaluated are combinations never seen in training.
 """
 
 import collections
 import dataclasses
 import functools
 import itertools
-import math
 import zlib
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from attn_zoo.spec import UserError, check, check_int, check_number
+from attn_zoo.spec import UserError, check, check_choice, check_int, check_number
 from attn_zoo.tasks import prepared
 from attn_zoo.tasks.base import Example, RecordTask
 from attn_zoo.tasks.counts import count_model_score
 from attn_zoo.tasks.pairs import BEGIN, END, RESERVED, shifted
+from attn_zoo.tasks.scenes import COLOURS, FORMS, RADII, SIDE, Shape, draw, draw_comparison, draw_scene
 
-SIDE = 32  # pixels
-MARGIN, GAP = 3.0, 1.0  # pixels, by which a relation is clear, and between shapes
-COLOURS = {  # by the alphabet; RGB
-    "blue": (0.20, 0.35, 0.95),
-    "cyan": (0.20, 0.85, 0.90),
-    "green": (0.15, 0.65, 0.20),
-    "magenta": (0.90, 0.25, 0.85),
-    "red": (0.90, 0.15, 0.15),
-    "yellow": (0.95, 0.90, 0.20),
-}
-BACKGROUND = (0.15, 0.15, 0.15)
-RADII = {"large": (4.6, 5.2), "small": (2.6, 3.0)}  # pixels, the range of each size
-REACH = 1.3  # no form goes further from its centre, in radii
-
-# Signed distance in pixels from the edge of a form at the origin, negative inside; y grows downwards. Areas are about equal.
-FORMS: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
-    "circle": lambda x, y, r: np.sqrt(x * x + y * y) - r,
-    "cross": lambda x, y, r: np.minimum(_box(x, y, 1.15 * r, 0.45 * r), _box(x, y, 0.45 * r, 1.15 * r)),
-    "square": lambda x, y, r: _box(x, y, 0.89 * r, 0.89 * r),
-    "triangle": lambda x, y, r: np.maximum(y - 0.65 * r, (math.sqrt(3) * abs(x) - y) / 2 - 0.65 * r),
-}
+OBJECTIVES = ("captions", "same")
+GRIDS = tuple((SIDE >> halvings) ** 2 for halvings in range(SIDE.bit_length() - 1))  # cells of the picture, halved any number of times
 RELATIONS = ("above", "below", "left", "right")  # the last two are followed by 'of'
 WORDS = ("a", "that", "is", "of", *RELATIONS, *RADII, *COLOURS, *FORMS)
 IDS = {word: RESERVED + i for i, word in enumerate(WORDS)}
@@ -53,8 +37,12 @@ KINDS = {word: kind for kind, words in (("size", RADII), ("colour", COLOURS), ("
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """max_shapes: a picture has 1 to so many, all equally often. noise: the largest deviation of a colour channel, of 1, once by shape and once by pixel."""
+    """max_shapes: a picture has 1 to so many, to be compared 2 to so many, all equally often.
 
+    noise: the largest deviation of a colour channel, of 1, once by shape and once by pixel.
+    """
+
+    objective: str = "captions"
     max_shapes: int = 3
     noise: float = 0.05
     train_examples: int = 20_000
@@ -62,8 +50,10 @@ class Options:
     test_examples: int = 1_000
 
     def __post_init__(self):
+        check_choice("objective", self.objective, OBJECTIVES)
         check_int("max_shapes", self.max_shapes, 1)
         check(self.max_shapes <= 3, "max_shapes", self.max_shapes, f"must be at most 3: more large shapes do not fit into {SIDE} pixels")
+        check(self.objective != "same" or self.max_shapes > 1, "max_shapes", self.max_shapes, "must be at least 2 with objective='same'")
         check_number("noise", self.noise, 0, 0.1)
         for name in ("train_examples", "validation_examples", "test_examples"):
             check_int(name, getattr(self, name), 1)
@@ -75,30 +65,42 @@ class Options:
 
 
 class Shapes(RecordTask):
-    """Captions of drawn pictures, word by word."""
+    """Captions of drawn pictures, word by word, or whether two of their shapes have the same colour.
+
+    A picture is the source of its caption; to be compared, it is all that is given, and T is the number of cells of the grid of features that attention sees,
+    which says where in a convolutional network it stands.
+    """
 
     name = "shapes"
     Options = Options
-    causal = True
-    per_token = True
-    padded = True
-    inputs_vocab = num_outputs = RESERVED + len(WORDS)
     image_shape = (SIDE, SIDE, 3)
 
     def __init__(self, options: Options, seq_len: int, data_dir: str):
         super().__init__(options, seq_len, data_dir)
-        if seq_len <= options.longest:
+        captions = options.objective == "captions"
+        self.causal = self.per_token = self.padded = captions
+        self.inputs_vocab = RESERVED + len(WORDS) if captions else 0
+        self.num_outputs = RESERVED + len(WORDS) if captions else 2
+        self.begin_end = (BEGIN, END) if captions else None
+        if captions and seq_len <= options.longest:
             raise UserError(f"seq_len={seq_len}: must be at least {options.longest + 1}, the longest caption of max_shapes={options.max_shapes} and its end")
+        if not captions:
+            rule = f"must be the cells of a grid of features, {SIDE} x {SIDE} halved any number of times: {', '.join(map(str, GRIDS))}"
+            check(seq_len in GRIDS, "seq_len", seq_len, rule)
 
     @functools.cached_property
     def builder(self) -> prepared.Builder:
         o = self.options
         sizes = {split: getattr(o, f"{split}_examples") for split in prepared.SPLITS}
         name = "-".join(map(str, (f"max{o.max_shapes}", f"noise{float(o.noise)}", *sizes.values())))
-        return prepared.prepare(ShapesBuilder, prepared.Config(name=name, options=(o.max_shapes, float(o.noise), sizes)), self.data_dir)
+        builder = ShapesBuilder if o.objective == "captions" else SameBuilder
+        return prepared.prepare(builder, prepared.Config(name=name, options=(o.max_shapes, float(o.noise), sizes)), self.data_dir)
 
     def example(self, record: dict) -> Example:
-        return {"source": self.picture(record).astype(np.float32) / 255, **shifted(record["caption"], self.seq_len)}
+        picture = self.picture(record).astype(np.float32) / 255
+        if self.options.objective == "captions":
+            return {"source": picture, **shifted(record["caption"], self.seq_len)}
+        return {"inputs": picture, "targets": np.asarray(record["same"], np.int32), "weights": np.ones((), np.float32), "valid": np.ones(self.seq_len, bool)}
 
     def picture(self, record: dict) -> np.ndarray:
         """The picture of a record, uint8 [SIDE, SIDE, 3], RGB."""
@@ -139,18 +141,51 @@ class Shapes(RecordTask):
                 right[kind] += said.get(slot) == word
         return {kind: right[kind] / n for kind, n in asked.items()}
 
+    def written_scores(self, written_BT: np.ndarray, targets_BT: np.ndarray) -> dict[str, float]:
+        """Of captions that a model writes: `slot_accuracy` by kind, and as `eval_slots` its mean over the kinds."""
+        accuracy = self.slot_accuracy(written_BT, targets_BT)
+        return {"eval_slots": float(np.mean(list(accuracy.values())))} | {f"eval_slot_{kind}": value for kind, value in accuracy.items()}
+
     def floors(self) -> dict[str, dict[str, float]]:
-        """Predictors that see no picture, counted on the training captions and scored on validation, with the share of captions right in every word.
+        """Predictors that see no picture, counted on the training split and scored on validation.
 
-        The next word by its position, and by all that it depends on in the law of scenes: `blind_context`.
+        Of captions: the next word by its position, and by all that it depends on in the law of scenes (`blind_context`), with the share of captions right in
+        every word, and the scores of the one caption that it would write. Of comparisons: the majority class, also by the number of shapes, and by that of
+        colours unless this is the answer, as it is with two shapes.
         """
+        return self._caption_floors() if self.options.objective == "captions" else self._comparison_floors()
 
+    def _caption_floors(self):
         def compute():
             train, validation = self._captions("train"), self._captions("validation")
-            return {"word by position": caption_score(train, validation, len), "caption without picture": caption_score(train, validation, blind_context)}
+            targets = [end(caption) for caption in validation]
 
-        floors = prepared.cached_json(self.builder, "floors", compute)
-        return {name: self.score(loss, accuracy) | {"eval_exact": exact} for name, (loss, accuracy, exact) in floors.items()}
+            def scores(context):
+                loss, accuracy, exact = caption_score(train, validation, context)
+                written = end(likeliest_caption(train, context, self.options.longest))
+                return self.score(loss, accuracy) | {"eval_exact": exact} | self.written_scores([written] * len(targets), targets)
+
+            return {"word by position": scores(len), "caption without picture": scores(blind_context)}
+
+        return prepared.cached_json(self.builder, "floors_with_slots", compute)
+
+    def _comparison_floors(self):
+        contexts = {"majority class": lambda caption: 0, "number of shapes": lambda caption: sum(word in FORMS for word in caption)}
+        if self.options.max_shapes > 2:
+            contexts["number of colours"] = lambda caption: len(COLOURS.keys() & set(caption))
+
+        def compute():
+            records = {split: self.builder.as_data_source(split=split) for split in ("train", "validation")}
+            said = {split: [(words(r["caption"]), r["same"]) for r in source.__getitems__(range(len(source)))] for split, source in records.items()}
+
+            def counts(split, context):
+                counts = np.zeros((1 + self.options.max_shapes, 2))
+                np.add.at(counts, tuple(np.array([(context(caption), same) for caption, same in said[split]]).T), 1)
+                return counts
+
+            return {name: count_model_score(1 + counts("train", context), counts("validation", context)) for name, context in contexts.items()}
+
+        return {name: self.score(*score) for name, score in prepared.cached_json(self.builder, "floors", compute).items()}
 
     def _captions(self, split: str) -> list[list[str]]:
         source = self.builder.as_data_source(split=split)
@@ -161,6 +196,11 @@ def words(ids: np.ndarray) -> list[str]:
     """The words of ids up to END; PAD and BEGIN are none."""
     ids = list(itertools.takewhile(lambda i: i != END, np.asarray(ids).tolist()))
     return [WORDS[i - RESERVED] for i in ids if i >= RESERVED]
+
+
+def end(caption: list[str]) -> np.ndarray:
+    """The target ids of a caption."""
+    return np.array([*map(IDS.get, caption), END])
 
 
 def blind_context(prefix: list[str]) -> tuple:
@@ -194,37 +234,16 @@ def caption_score(train: list[list[str]], scored: list[list[str]], context: Call
     return *count_model_score(counts, seen), float(exact)
 
 
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """One shape; x to the right and y down, of its centre, in pixels."""
-
-    size: str
-    colour: str
-    form: str
-    x: float
-    y: float
-    radius: float
-
-
-def draw_scene(rng: np.random.RandomState, max_shapes: int) -> list[Shape]:
-    """1 to max_shapes shapes in the order in which they are named; what they are is uniform, and where, among the places that a caption is clear for."""
-    n = 1 + rng.randint(max_shapes)
-    # Numbers of size and colour in one, so that sorting them is the order of names.
-    sizes, colours = np.divmod(np.sort(rng.permutation(len(RADII) * len(COLOURS))[:n]), len(COLOURS))
-    forms = rng.randint(len(FORMS), size=n)
-    least, most = np.array(list(RADII.values()))[sizes].T
-    radii = rng.uniform(least, most)
-    reach_n1 = REACH * radii[:, None]
-    i, j = np.triu_indices(n, 1)
-    place_n2 = None
-    while place_n2 is None:
-        tries_Rn2 = rng.uniform(reach_n1, SIDE - reach_n1, size=(16, n, 2))
-        apart = (np.square(tries_Rn2[:, i] - tries_Rn2[:, j]).sum(axis=-1) > (reach_n1[i] + reach_n1[j] + GAP).T ** 2).all(axis=1)
-        across, down = np.moveaxis(abs(np.diff(tries_Rn2, axis=1)), -1, 0)
-        clear = (abs(across - down) >= MARGIN).all(axis=1)
-        place_n2 = next(iter(tries_Rn2[apart & clear]), None)
-    names = zip(*([list(table)[i] for i in index] for table, index in ((RADII, sizes), (COLOURS, colours), (FORMS, forms))))
-    return [Shape(*name, float(x), float(y), float(radius)) for name, (x, y), radius in zip(names, place_n2, radii)]
+def likeliest_caption(train: list[list[str]], context: Callable[[list[str]], object], longest: int) -> list[str]:
+    """What the counts of `caption_score` write, each time the most frequent word."""
+    counts: dict[object, collections.Counter] = collections.defaultdict(collections.Counter)
+    for caption in train:
+        for t, word in enumerate((*caption, "END")):
+            counts[context(caption[:t])][word] += 1
+    said: list[str] = []
+    while len(said) < longest and (word := max(counts[context(said)], key=counts[context(said)].get, default="END")) != "END":
+        said.append(word)
+    return said
 
 
 def relation(a: Shape, b: Shape) -> list[str]:
@@ -244,17 +263,6 @@ def caption(shapes: list[Shape]) -> list[str]:
     return said
 
 
-def draw(shapes: list[Shape], noise: float, rng: np.random.RandomState) -> np.ndarray:
-    """The picture of a scene, uint8 [SIDE, SIDE, 3]; a pixel that an edge crosses is mixed by how far inside its centre is."""
-    y, x = np.mgrid[:SIDE, :SIDE] + 0.5
-    deviate = lambda *shape: rng.uniform(-noise, noise, size=shape)
-    picture = np.broadcast_to(BACKGROUND + deviate(3), (SIDE, SIDE, 3))
-    for s in shapes:
-        inside = np.clip(0.5 - FORMS[s.form](x - s.x, y - s.y, s.radius), 0, 1)[..., None]
-        picture = picture + inside * (COLOURS[s.colour] + deviate(3) - picture)
-    return np.rint(255 * np.clip(picture + deviate(SIDE, SIDE, 3), 0, 1)).astype(np.uint8)
-
-
 def split_of(said: list[str]) -> str:
     """The split that a caption belongs to, a tenth of all to validation and a tenth to test."""
     return {0: "validation", 1: "test"}.get(zlib.crc32(" ".join(said).encode()) % 10, "train")
@@ -270,8 +278,15 @@ def generate(split: str, max_shapes: int, noise: float) -> Iterator[dict]:
             yield {"picture": draw(scene, noise, rng), "caption": np.array([IDS[word] for word in said], np.uint8)}
 
 
-def _box(x, y, half_width, half_height):
-    return np.maximum(abs(x) - half_width, abs(y) - half_height)
+def generate_comparisons(split: str, max_shapes: int, noise: float) -> Iterator[dict]:
+    """The same of comparisons; every number of shapes has as many that are the same as that differ, in turn."""
+    rng = np.random.RandomState(prepared.SPLITS.index(split))
+    for i in itertools.count():
+        same, n = i % 2, 2 + i // 2 % (max_shapes - 1)
+        scene = draw_comparison(rng, n, same)
+        while split_of(caption(scene)) != split:
+            scene = draw_comparison(rng, n, same)
+        yield {"picture": draw(scene, noise, rng), "caption": np.array([IDS[word] for word in caption(scene)], np.uint8), "same": same}
 
 
 class ShapesBuilder(prepared.Builder):
@@ -287,3 +302,18 @@ class ShapesBuilder(prepared.Builder):
     def generate(self, split):
         max_shapes, noise, sizes = self.builder_config.options
         return itertools.islice(generate(split, max_shapes, noise), sizes[split])
+
+
+class SameBuilder(prepared.Builder):
+    """Pictures of shapes, their captions as ids, in the order of colours, and whether two shapes have the same colour."""
+
+    name = "shapes_same"
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "The pictures of `shapes`, of small shapes far apart."}
+
+    def features(self):
+        return {"picture": prepared.raw_array(np.uint8, SIDE, SIDE, 3), "caption": prepared.raw_array(np.uint8, None), "same": tfds.features.Scalar(np.int64)}
+
+    def generate(self, split):
+        max_shapes, noise, sizes = self.builder_config.options
+        return itertools.islice(generate_comparisons(split, max_shapes, noise), sizes[split])

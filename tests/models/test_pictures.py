@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from attn_zoo.attention.base import Loss
-from attn_zoo.models.pictures import Convolution, ConvolutionEncoder, ConvolutionNet, GroupNorm, PictureClassifier, SelfAttention2D
+from attn_zoo.attention.base import Statistic
+from attn_zoo.models.pictures import Convolution, ConvolutionEncoder, ConvolutionNet, GroupNorm, SelfAttention2D
 from attn_zoo.spec import UserError
 
 SHAPE = (8, 6, 3)
@@ -116,6 +116,21 @@ def test_any_variant_serves(pictures, variant):
             assert jnp.isfinite(grad).all() and (grad != 0).any(), name
 
 
+def test_the_gate_is_left_to_be_recorded():
+    net = ConvolutionNet(SHAPE, channels=(4, 8), attention="full", rngs=nnx.Rngs(0))
+    net.attention.gate[...] = -0.3
+    graph, state = nnx.split(net)
+
+    @jax.jit
+    def call(state, picture_Bhwc):
+        net = nnx.merge(graph, state)
+        net(picture_Bhwc)
+        return nnx.state(net, Statistic)
+
+    (left,) = jax.tree.leaves(call(state, jnp.zeros((1, *SHAPE))))
+    assert float(left) == pytest.approx(-0.3)
+
+
 def test_the_attention_layer_stands_where_it_is_told_to():
     for after, cells in ((0, 8 * 6), (1, 4 * 3), (-1, 2 * 2)):
         net = ConvolutionNet(SHAPE, channels=(4, 4, 8), attention="full", attention_after=after, rngs=nnx.Rngs(0))
@@ -160,29 +175,6 @@ def test_parameters_are_float32_and_bfloat16_is_computed_where_asked(pictures):
     assert 0 < np.abs(f32 - bf16).max() < 0.1 * np.abs(f32).max()
 
 
-def test_what_stands_outside_the_attention_starts_the_same_whatever_the_variant():
-    models = [PictureClassifier(SHAPE, 4, channels=(4, 8), attention=variant, rngs=nnx.Rngs(0)) for variant in ("full", "linformer(rank=4)")]
-    states = [nnx.to_pure_dict(nnx.state(model, nnx.Param)) for model in models]
-    for state in states:
-        state["net"]["attention"]["mixer"].pop("attention", None)
-    jax.tree.map(np.testing.assert_array_equal, *states)
-
-
-def test_classifier_reads_the_mean_of_its_cells(pictures):
-    model = PictureClassifier(SHAPE, 5, channels=(4, 8), rngs=nnx.Rngs(0))
-    model.net.attention.gate[...] = 0.5
-    features, logits = jax.jit(lambda x_Bhwc: (model.net(x_Bhwc), model(x_Bhwc)))(pictures())
-    assert logits.shape == (2, 5) and logits.dtype == jnp.float32
-    np.testing.assert_allclose(logits, np.asarray(features).mean(axis=(1, 2)) @ np.asarray(model.readout[...]), atol=1e-5)
-
-
-def test_losses_of_the_attention_stay_in_the_model_for_the_train_step(pictures):
-    model = PictureClassifier(SHAPE, 5, channels=(4, 8), attention="adaptive_span(max_span=8, init=2, ramp=2)", rngs=nnx.Rngs(0))
-    model(pictures())
-    losses = jax.tree.leaves(nnx.state(model, Loss))
-    assert losses and all(float(x) > 0 for x in losses)
-
-
 @pytest.mark.parametrize(
     "build, words",
     [
@@ -191,7 +183,6 @@ def test_losses_of_the_attention_stay_in_the_model_for_the_train_step(pictures):
         (lambda rngs: ConvolutionNet(SHAPE, attention="full", attention_after=3, rngs=rngs), "attention_after=3: must be a stage, 0 to 2"),
         (lambda rngs: SelfAttention2D(6, (4, 4), N=2, rngs=rngs), "channels=6: must be a multiple of 2 N = 4, unless H is given"),
         (lambda rngs: SelfAttention2D(8, (4, 4), variant="ful", rngs=rngs), "there is no attention variant 'ful'; did you mean 'full'?"),
-        (lambda rngs: PictureClassifier(SHAPE, 1, rngs=rngs), "num_classes=1: must be a whole number of at least 2"),
         (lambda rngs: ConvolutionNet(SHAPE, channels=(4,), rngs=rngs)(jnp.zeros((1, 6, 8, 3))), r"picture=\(6, 8, 3\): must have the shape \(8, 6, 3\)"),
     ],
 )

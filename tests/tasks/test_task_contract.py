@@ -1,6 +1,7 @@
 """What training relies on, of every task: shapes, determinism, resumption, evaluation, preparation once."""
 
 import itertools
+import re
 import subprocess
 import sys
 import threading
@@ -27,6 +28,7 @@ CASES = {
     "dates-joined": (f"dates(dates=2, joined=True, locales=('en_GB', 'ja'), {SMALL})", 104),
     "cloze": ("cloze(document=32, query=24, vocab=80, unknowns=8)", 30),
     "shapes": (f"shapes({SMALL})", 20),
+    "shapes-same": (f"shapes(objective='same', {SMALL})", 64),
     "translate": ("translate(dataset='tiny_translation/de-en', vocab=300)", 64),
     "translate-joined": ("translate(dataset='tiny_translation/de-en', vocab=300, joined=True)", 128),
 }
@@ -54,8 +56,9 @@ def check_batch(task, batch, B):
     dtypes = {"inputs": np.int32, "targets": np.int32, "weights": np.float32, "valid": np.bool_}
     assert (S > 0) == (task.source_vocab > 0)
     if task.image_shape:
-        shapes, dtypes = shapes | {"source": (B, *task.image_shape)}, dtypes | {"source": np.float32}
-        assert 0 <= batch["source"].min() and batch["source"].max() <= 1
+        picture = "source" if task.inputs_vocab else "inputs"
+        shapes, dtypes = shapes | {picture: (B, *task.image_shape)}, dtypes | {picture: np.float32}
+        assert 0 <= batch[picture].min() and batch[picture].max() <= 1
     if S:
         shapes |= {"source": (B, S), "source_valid": (B, S)}
         dtypes |= {"source": np.int32, "source_valid": np.bool_}
@@ -64,15 +67,15 @@ def check_batch(task, batch, B):
         shapes["candidates"], dtypes["candidates"] = (B, S), np.bool_
     assert {name: array.shape for name, array in batch.items()} == shapes
     assert {name: array.dtype for name, array in batch.items()} == dtypes
-    assert batch["inputs"].min() >= 0 and batch["inputs"].max() < task.inputs_vocab
+    if task.inputs_vocab:
+        assert batch["inputs"].min() >= 0 and batch["inputs"].max() < task.inputs_vocab
     assert batch["targets"].min() >= 0 and batch["targets"].max() < task.num_outputs
     assert set(np.unique(batch["weights"])) <= {0.0, 1.0}
 
 
 def seen(batch):
-    """All that a model sees of each row, [B, S + T]."""
-    source = batch.get("source", batch["inputs"][:, :0])
-    return np.concatenate([source.reshape(len(source), -1), batch["inputs"]], axis=1)
+    """All that a model sees of each row, side by side."""
+    return np.concatenate([batch[name].reshape(len(batch[name]), -1) for name in ("source", "inputs") if name in batch], axis=1)
 
 
 @pytest.mark.parametrize("B", [1, 6])
@@ -179,7 +182,7 @@ def test_floors_are_scores_in_the_units_of_evaluation(task):
     assert task.floors()
     for score in task.floors().values():
         assert 0 <= score["eval_accuracy"] < 1 and 0 < score["eval_loss"] < 6
-        generates = isinstance(task, PairTask) or task.image_shape is not None
+        generates = isinstance(task, PairTask) or task.begin_end is not None
         assert ("eval_exact" in score) == (generates and task.name != "translate")  # whose sentences no count model writes
         assert 0 <= score.get("eval_exact", 0) <= score["eval_accuracy"]
         assert ("eval_bits_per_byte" in score) == (task.loss_name == "bits_per_byte")
@@ -189,7 +192,7 @@ def test_floors_are_scores_in_the_units_of_evaluation(task):
 
 def test_provenance_names_dataset_version_and_sizes(task):
     provenance = task.provenance()
-    assert provenance["version"] == "1.0.0" and provenance["dataset"] and provenance["config"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", provenance["version"]) and provenance["dataset"] and provenance["config"]
     assert set(provenance["num_examples"]) == {*prepared.SPLITS, *task.probes} and min(provenance["num_examples"].values()) > 0
 
 

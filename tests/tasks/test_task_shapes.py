@@ -11,14 +11,22 @@ import scipy.ndimage
 from attn_zoo.spec import UserError
 from attn_zoo.tasks import load_task, prepared
 from attn_zoo.tasks.pairs import BEGIN, END, PAD
-from attn_zoo.tasks.shapes import BACKGROUND, COLOURS, FORMS, IDS, WORDS, generate, split_of, words
+from attn_zoo.tasks.scenes import BACKGROUND, COLOURS, FAR, FORMS
+from attn_zoo.tasks.shapes import IDS, WORDS, end, generate, generate_comparisons, likeliest_caption, split_of, words
 
 PINNED = "9df7e775b9fd"
+PINNED_COMPARISONS = "c67e816099d1"
+SMALL = "train_examples=800, validation_examples=100, test_examples=10"
 
 
 @pytest.fixture(scope="module")
 def task(data_dir):
-    return load_task("shapes(train_examples=800, validation_examples=100, test_examples=10)", 24, data_dir)
+    return load_task(f"shapes({SMALL})", 24, data_dir)
+
+
+@pytest.fixture(scope="module")
+def comparisons(data_dir):
+    return load_task(f"shapes(objective='same', {SMALL})", 256, data_dir)
 
 
 def ids(caption):
@@ -202,7 +210,8 @@ def test_the_floor_by_position_is_a_loop(task):
     source = task.train_source()
     train = [words(source[i]["caption"]) for i in range(len(source))]
     loss, accuracy, exact = loop_floor(train, evaluated(task), len)
-    assert task.floors()["word by position"] == {"eval_loss": pytest.approx(loss), "eval_accuracy": pytest.approx(accuracy), "eval_exact": exact}
+    floor = {name: score for name, score in task.floors()["word by position"].items() if "slot" not in name}
+    assert floor == {"eval_loss": pytest.approx(loss), "eval_accuracy": pytest.approx(accuracy), "eval_exact": exact}
 
 
 def test_no_shorter_look_back_beats_the_blind_caption(task):
@@ -230,6 +239,9 @@ def test_the_blind_floor_comes_near_the_law_of_captions(data_dir):
         ("shapes(max_shapes=4)", 64, "max_shapes=4: must be at most 3"),
         ("shapes(max_shapes=0)", 64, "max_shapes=0: must be a whole number of at least 1"),
         ("shapes(noise=0.5)", 64, "noise=0.5: must be a number of at least 0 and at most 0.1"),
+        ("shapes(objective='captioned')", 64, "objective='captioned': must be one of 'captions', 'same'; did you mean 'captions'?"),
+        ("shapes(objective='same', max_shapes=1)", 64, "max_shapes=1: must be at least 2 with objective='same'"),
+        ("shapes(objective='same')", 100, "seq_len=100: must be the cells of a grid of features, 32 x 32 halved any number of times: 1024, 256, 64, 16, 4"),
         ("shapes", 18, "seq_len=18: must be at least 19, the longest caption of max_shapes=3 and its end"),
         ("shapes(max_shapes=2)", 10, "seq_len=10: must be at least 11"),
         ("shapes(noize=0)", 64, "no option 'noize'; did you mean 'noise'?"),
@@ -245,3 +257,88 @@ def test_the_shortest_length_holds_the_longest_caption(data_dir):
     task = load_task("shapes(train_examples=150, validation_examples=3, test_examples=3)", 19, data_dir)
     source = task.train_source()
     assert max(task.example(source[i])["weights"].sum() for i in range(150)) == 19
+
+
+def test_the_slots_of_a_floor_are_those_of_the_one_caption_that_it_writes(task):
+    """'a' is followed by the most frequent size there, and so on, until END is as likely as anything; slots are then counted by hand."""
+    source = task.train_source()
+    train = [words(source[i]["caption"]) for i in range(len(source))]
+    written = likeliest_caption(train, len, 18)
+    by_place = [collections.Counter(place) for place in itertools.zip_longest(*([*c, "END"] for c in train), fillvalue=None)]
+    for t, word in enumerate([*written, "END"]):
+        assert by_place[t][word] == max(n for w, n in by_place[t].items() if w)
+    said, right, asked = task.slots(end(written)), collections.Counter(), collections.Counter()
+    for caption in evaluated(task):
+        for slot, word in task.slots(end(caption)).items():
+            asked[slot.split()[0]] += 1
+            right[slot.split()[0]] += said.get(slot) == word
+    floor, shares = task.floors()["word by position"], {kind: right[kind] / n for kind, n in asked.items()}
+    assert {name: score for name, score in floor.items() if name.startswith("eval_slot_")} == {f"eval_slot_{kind}": share for kind, share in shares.items()}
+    assert floor["eval_slots"] == pytest.approx(np.mean(list(shares.values())))
+
+
+def read_colours(picture):
+    """The colours of the shapes of a picture, from its pixels alone."""
+    picture = picture / 255
+    background = np.median(picture, axis=(0, 1))
+    labels, n = scipy.ndimage.label(abs(picture - background).max(axis=-1) > 0.25)
+    masks = [mask for mask in (labels == i + 1 for i in range(n)) if mask.sum() > 4]
+    return sorted(read_shape(picture, background, mask)[1] for mask in masks)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_the_class_is_whether_a_picture_shows_one_colour_twice(noise):
+    for record in itertools.islice(generate_comparisons("train", 3, noise), 150):
+        colours = read_colours(record["picture"])
+        assert colours == [word for word in words(record["caption"]) if word in COLOURS]
+        assert record["same"] == (len(set(colours)) < len(colours))
+
+
+def test_what_is_compared_is_far_apart():
+    """Centres of mass, of a picture without noise."""
+    for record in itertools.islice(generate_comparisons("train", 3, 0.0), 60):
+        ink = abs(record["picture"] / 255 - np.array(BACKGROUND)).sum(axis=-1)
+        labels, n = scipy.ndimage.label(ink > 0.02)
+        centres = scipy.ndimage.center_of_mass(ink, labels, range(1, n + 1))
+        assert all(math.dist(a, b) > FAR - 1.5 for a, b in itertools.combinations(centres, 2))  # a triangle's mass is below its centre
+
+
+@pytest.mark.parametrize("max_shapes", [2, 3])
+def test_both_classes_are_as_many_with_every_number_of_shapes(max_shapes):
+    numbers = collections.Counter()
+    for record in itertools.islice(generate_comparisons("validation", max_shapes, 0.0), 48):
+        numbers[sum(word in FORMS for word in words(record["caption"])), record["same"]] += 1
+    assert numbers == {(n, same): 24 // (max_shapes - 1) for n in range(2, max_shapes + 1) for same in (0, 1)}
+
+
+def test_splits_share_nothing_that_is_compared():
+    said = {split: {" ".join(words(r["caption"])) for r in itertools.islice(generate_comparisons(split, 2, 0.0), 150)} for split in prepared.SPLITS}
+    for one, other in itertools.combinations(said.values(), 2):
+        assert not one & other
+    assert all(split_of(c.split()) == split for split, captions in said.items() for c in captions)
+
+
+def test_comparisons_are_pinned(checksum):
+    records = list(itertools.islice(generate_comparisons("train", 3, 0.05), 8))
+    assert checksum(*(record[name] for record in records for name in ("picture", "caption", "same"))) == PINNED_COMPARISONS
+
+
+def test_a_comparison_is_given_a_picture_alone(comparisons):
+    batch = next(comparisons.train_iterator(8, seed=0))
+    assert batch["inputs"].shape == (8, 32, 32, 3) and "source" not in batch and comparisons.inputs_vocab == 0
+    for picture, same in zip(batch["inputs"], batch["targets"]):
+        colours = read_colours(picture * 255)
+        assert same == (len(set(colours)) < len(colours))
+
+
+def test_floors_of_comparisons_are_chance_but_for_who_counts_colours(comparisons):
+    """With two shapes or three: one colour is the same, three are different, two are either."""
+    floors = comparisons.floors()
+    for name in ("majority class", "number of shapes"):
+        assert floors[name] == {"eval_loss": pytest.approx(math.log(2), abs=1e-3), "eval_accuracy": 0.5}
+    assert floors["number of colours"] == {"eval_loss": pytest.approx(math.log(2) / 2, abs=0.02), "eval_accuracy": 0.75}
+
+
+def test_with_two_shapes_the_number_of_colours_is_the_answer_and_no_floor(data_dir):
+    task = load_task("shapes(objective='same', max_shapes=2, train_examples=20, validation_examples=10, test_examples=1)", 64, data_dir)
+    assert set(task.floors()) == {"majority class", "number of shapes"}
