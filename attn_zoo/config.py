@@ -25,7 +25,7 @@ class Model:
     encoder_layers, cell, dropout and dtype. With body='convolutional' it is a kind of convolution (attn_zoo.models.convolutional_stack).
     With body='reader' it is how an answer is found (attn_zoo.models.reader); the fields are those of a recurrent body.
     With body='convnet', a convolutional network for pictures (attn_zoo.models.picture_classifier), it is what attends in the one layer of attention there, or
-    'none'; D are the channels of its stages (the first has half), layers is the number of stages, and of the other fields N, H and dtype have a meaning.
+    'none'; D are the channels of its stages (the first has half), layers is the number of stages, and of the other fields N, H, norm and dtype have a meaning.
     """
 
     D: int = 256  # model dim

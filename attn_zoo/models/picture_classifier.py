@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Key
 from attn_zoo import config
 from attn_zoo.attention import VARIANTS, Attention
 from attn_zoo.attention.base import Paper
-from attn_zoo.models.layers import EMBEDDING_STD, normal
+from attn_zoo.models.layers import EMBEDDING_STD, NORMS, normal
 from attn_zoo.models.pictures import ConvolutionNet, cells_of
 from attn_zoo.spec import Spec, check, check_int
 
@@ -78,6 +78,7 @@ class PictureClassifier(nnx.Module):
             attention_after=cells.index(max_len),
             N=model.N,
             H=model.H,
+            norm=NORMS[model.norm],  # of a cell alone: whatever else a cell knows of others, it saw in its windows or attended to
             dtype=jnp.dtype(model.dtype),
             backend=attention.backend,
             rngs=rngs,

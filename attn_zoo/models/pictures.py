@@ -4,7 +4,7 @@ Letters beside those of attention/base.py: h, w, c of a picture or of a grid of 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -97,11 +97,11 @@ class SelfAttention2D(nnx.Module):
 class Stage(nnx.Module):
     """Two 3 x 3 convolutions, each normalized and rectified: one to a new size and number of channels, one in a residual branch."""
 
-    def __init__(self, in_channels: int, channels: int, stride: int, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, in_channels: int, channels: int, stride: int, norm: Callable[[int], nnx.Module], dtype: Any, rngs: nnx.Rngs):
         self.into = Convolution(in_channels, channels, stride=stride, dtype=dtype, rngs=rngs)
-        self.into_norm = GroupNorm(channels)
+        self.into_norm = norm(channels)
         self.branch = Convolution(channels, channels, dtype=dtype, rngs=rngs)
-        self.branch_norm = GroupNorm(channels)
+        self.branch_norm = norm(channels)
 
     def __call__(self, x_Bhwc: Array) -> Array:
         x_Bhwc = jax.nn.relu(self.into_norm(self.into(x_Bhwc)))
@@ -113,6 +113,9 @@ class ConvolutionNet(nnx.Module):
 
     `attention` is the spec of a variant, or None; `attention_after` counts stages from 0, or from -1, the last. An early one sees a longer
     sequence: of a picture of 32 x 32, stage 0 has 1024 cells, stage 2 has 64.
+
+    `norm` is made for so many channels. A GroupNorm goes over all cells, and so tells each of them something of all others; the norms of models.layers are of one
+    cell alone (as in Liu et al. 2022, ConvNeXt), and then a cell learns of what its windows do not see through attention only.
     """
 
     def __init__(
@@ -124,6 +127,7 @@ class ConvolutionNet(nnx.Module):
         attention_after: int = -1,
         N: int = 1,
         H: int | None = None,
+        norm: Callable[[int], nnx.Module] = GroupNorm,
         dtype: Any = jnp.float32,
         backend: str = "auto",
         rngs: nnx.Rngs,
@@ -140,7 +144,7 @@ class ConvolutionNet(nnx.Module):
         for i, c in enumerate(channels):
             stride = 2 if i else 1
             h, w = -(-h // stride), -(-w // stride)
-            self.stages.append(Stage(in_channels, c, stride, dtype, rngs))
+            self.stages.append(Stage(in_channels, c, stride, norm, dtype, rngs))
             in_channels = c
         self.grid = (h, w)
         layer = None

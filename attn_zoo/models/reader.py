@@ -1,12 +1,12 @@
 """Readers: which word of a document fills the blank of a query? They point at it, by an attention whose weights are the answer.
 
 The document and the query are each read by recurrent networks of both directions, from one table of embeddings: d_i and q_t. `attention_over_attention`
-(Cui et al. 2017, sec. 3.1): M_it = d_i . q_t (eq. 4); alpha(t) = softmax of M over the document (eq. 5), beta(i) = softmax of M over the query (eq. 7), beta its
-mean over the document's words, and s = alpha beta (eq. 8 and 9). `attention_sum` (Kadlec et al. 2016, sec. 4) has one vector g of the query, its last states, and s =
+(Cui et al. 2017, sec. 3.1): M_it = d_i . q_t (eq. 5); alpha(t) = softmax of M over the document (eq. 6), beta(i) = softmax of M over the query (eq. 8), beta its
+mean over the document's words (eq. 9), and s = alpha beta (eq. 10). `attention_sum` (Kadlec et al. 2016, sec. 4) has one vector g of the query, its last states, and s =
 softmax of d_i . g. In both P(w) is the sum of s over the places where w stands, and the loss -log P(answer). `none` does not look at the document: P(w) is a softmax
 of e_w . g over embeddings e.
 
-All choose among the candidates that the task offers, as the floors do: where others stand, s counts for nothing and P is of the rest. Departures: the cells
+All choose among the candidates that the task offers, as its floors do: where others stand, s counts for nothing and P is of the rest. Departures: the cells
 and sizes are the config's; the re-ranking of the n best by language models (Cui et al., sec. 3.2), a step after the network, is left out.
 """
 
@@ -26,7 +26,7 @@ from attn_zoo.models.recurrent import NEG, NoOptions, RecurrentEncoder
 from attn_zoo.models.transformer import split_key
 from attn_zoo.spec import Spec, UserError, check
 
-LEAST = 1e-9  # the probability of a word that is not there, so that its logarithm is finite
+ABSENT = -1e4  # log P of a word that may not be the answer: zero as a float32 probability, and finite in a loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,17 +94,12 @@ class Reader(nnx.Module):
         q_BTD, g_BD = (dropout(x, self.config.dropout, out_keys[0]).astype(jnp.float32) for x in (q_BTD, g_BD))
         if not self.looks:
             offered_BV = jnp.zeros((len(source), self.vocab), bool).at[jnp.arange(len(source))[:, None], source].max(candidates_BS)
-            return jnp.where(offered_BV, g_BD @ self.query.tokens[...].T, NEG)
+            return jnp.where(offered_BV, g_BD @ self.query.tokens[...].T, ABSENT)
         d_BSD, _ = self.document(source, valid_BS=valid_BS, key=document_key)
         d_BSD = dropout(d_BSD, self.config.dropout, out_keys[1]).astype(jnp.float32)
-        s_BS = self.weights(q_BTD, g_BD, d_BSD, valid_BT, valid_BS)
-        return jnp.log(sum_by_word(s_BS * candidates_BS, source, self.vocab) + LEAST)
-
-    def weights(self, q_BTD: Array, g_BD: Array, d_BSD: Array, valid_BT: Array, valid_BS: Array) -> Float[Array, "B S"]:
-        """s, the attention to each word of the document."""
         if self.variant.name == "attention_sum":
-            return softmax(jnp.einsum("BSD,BD->BS", d_BSD, g_BD), valid_BS, axis=1)
-        return attention_over_attention(q_BTD, d_BSD, valid_BT, valid_BS)
+            q_BTD, valid_BT = g_BD[:, None], jnp.ones((len(g_BD), 1), bool)
+        return log_sum_by_word(log_attended(q_BTD, d_BSD, valid_BT, valid_BS), source, candidates_BS, self.vocab)
 
     def attentions(self, T: int) -> list:
         """None of the zoo's."""
@@ -128,22 +123,27 @@ class Reader(nnx.Module):
         return float(4 * B * (self.query.kept() + document + 2 * self.vocab))
 
 
-def attention_over_attention(
+def log_attended(
     q_BTD: Float[Array, "B T D"], d_BSD: Float[Array, "B S D"], valid_BT: Bool[Array, "B T"], valid_BS: Bool[Array, "B S"]
 ) -> Float[Array, "B S"]:
-    """s = alpha beta, a distribution over the document's words. Cui et al. 2017, eq. 4 to 9."""
+    """log s of attention over attention, s a distribution over the document's words. Cui et al. 2017, eq. 5 to 10.
+
+    Of a query of one vector beta is 1, and s the softmax of its scores. In logarithms, so that a place that is far from likely still learns.
+    """
     M_BST = jnp.einsum("BSD,BTD->BST", d_BSD, q_BTD)
-    alpha_BST = softmax(M_BST, valid_BS[:, :, None], axis=1)
-    beta_BST = softmax(M_BST, valid_BT[:, None], axis=2) * valid_BS[:, :, None]
-    beta_BT = beta_BST.sum(axis=1) / jnp.maximum(valid_BS.sum(axis=1, keepdims=True), 1)
-    return jnp.einsum("BST,BT->BS", alpha_BST, beta_BT)
+    log_alpha_BST = jax.nn.log_softmax(jnp.where(valid_BS[:, :, None], M_BST, NEG), axis=1)
+    log_beta_BST = jax.nn.log_softmax(jnp.where(valid_BT[:, None], M_BST, NEG), axis=2)
+    log_n_B1 = jnp.log(jnp.maximum(valid_BS.sum(axis=1, keepdims=True), 1))
+    log_beta_BT = jax.nn.logsumexp(jnp.where(valid_BS[:, :, None], log_beta_BST, NEG), axis=1) - log_n_B1
+    return jax.nn.logsumexp(log_alpha_BST + log_beta_BT[:, None], axis=2)
 
 
-def softmax(scores: Array, valid: Array, axis: int) -> Array:
-    """Softmax over what is valid; zeros where nothing is."""
-    return jnp.where(valid, jax.nn.softmax(jnp.where(valid, scores, NEG), axis=axis), 0.0)
-
-
-def sum_by_word(s_BS: Float[Array, "B S"], words_BS: Int[Array, "B S"], vocab: int) -> Float[Array, "B V"]:
-    """For each word of the vocabulary, the sum of s over the places where it stands. Kadlec et al. 2016, eq. 2."""
-    return jnp.zeros((len(s_BS), vocab), s_BS.dtype).at[jnp.arange(len(s_BS))[:, None], words_BS].add(s_BS)
+def log_sum_by_word(log_s_BS: Float[Array, "B S"], words_BS: Int[Array, "B S"], places_BS: Bool[Array, "B S"], vocab: int) -> Float[Array, "B V"]:
+    """For each word the logarithm of the sum of s over those of `places` where it stands, or ABSENT. Cui et al. 2017, eq. 11."""
+    rows_B1 = jnp.arange(len(words_BS))[:, None]
+    log_s_BS = jnp.where(places_BS, log_s_BS, NEG)
+    greatest_BV = jnp.full((len(words_BS), vocab), NEG).at[rows_B1, words_BS].max(jax.lax.stop_gradient(log_s_BS))
+    shares_BS = jnp.where(places_BS, jnp.exp(log_s_BS - greatest_BV[rows_B1, words_BS]), 0.0)
+    sums_BV = jnp.zeros_like(greatest_BV).at[rows_B1, words_BS].add(shares_BS)
+    present_BV = sums_BV > 0  # then at least 1, the share of the greatest
+    return jnp.where(present_BV, greatest_BV + jnp.log(jnp.where(present_BV, sums_BV, 1.0)), ABSENT)

@@ -77,8 +77,16 @@ def test_the_attention_is_that_of_the_zoo():
     values = jax.random.normal(jax.random.key(0), (B, S, 1, D))
     zoo = make_attention("attention_over_attention", num_heads=1, head_dim=D, max_len=S)
     o_BTNH = zoo(D**0.5 * q[:, :, None], d[:, :, None], values, valid_BS=given["source_valid"], valid_BT=given["valid_BT"])
-    s_BS = reader.attention_over_attention(q, d, given["valid_BT"], given["source_valid"])
+    s_BS = jnp.exp(reader.log_attended(q, d, given["valid_BT"], given["source_valid"]))
     np.testing.assert_allclose(o_BTNH[:, 0, 0], jnp.einsum("BS,BSD->BD", s_BS, values[:, :, 0]), atol=1e-5)
+
+
+def test_a_place_far_from_likely_has_a_probability_that_learns():
+    """exp(-200) is zero in float32; its logarithm, and the gradient of it, are not."""
+    log_s, words, places = jnp.array([[0.0, -200.0, -201.0]]), jnp.array([[1, 2, 2]]), jnp.ones((1, 3), bool)
+    log_P, grad = jax.value_and_grad(lambda log_s: reader.log_sum_by_word(log_s, words, places, 4)[0, 2])(log_s)
+    assert log_P == pytest.approx(-200 + np.log1p(np.exp(-1)))
+    np.testing.assert_allclose(grad, [[0, 1 / (1 + np.exp(-1)), 1 / (1 + np.e)]], atol=1e-6)
 
 
 def test_without_attention_words_are_judged_by_the_query_alone():
