@@ -16,6 +16,6 @@ experiment = Experiment(
     seq_lens=(33,),  # of the target; a source has up to 123 characters
     seeds=(0, 1, 2),
     model=Model(body="recurrent", D=96, layers=1),
-    train=Train(steps=2000, tokens_per_step=64 * 33, lr=3e-3, warmup=100, weight_decay=0.01, eval_tokens=16_500),
+    train=Train(steps=600, tokens_per_step=64 * 33, lr=3e-3, warmup=100, weight_decay=0.01, eval_tokens=16_500),
     measure=Measure(modes=()),
 )
