@@ -4,6 +4,7 @@
     python launch.py --config=experiments/causal_lm.py --dry_run
     python launch.py --list
     python launch.py --workdir=results/seq_len --report_only
+    python launch.py --plot_attention=results/dates
 """
 
 import contextlib
@@ -30,6 +31,12 @@ RETRY = flags.DEFINE_bool("retry", False, "Run cells again that ended in error o
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the cells with estimated FLOPs and memory, and run nothing.")
 LIST = flags.DEFINE_bool("list", False, "Print the zoo: options, complexity, abilities and papers.")
 REPORT_ONLY = flags.DEFINE_bool("report_only", False, "Make tables and figures again from the records in --workdir.")
+PLOT_ATTENTION = flags.DEFINE_string(
+    "plot_attention",
+    None,
+    "Draw what the trained models of a sweep look at: of this workdir, into its folder attention, of each variant and length the first seed whose parameters were kept. "
+    "Or `patterns`: what sees what in the sparse variants of the zoo, into --workdir or docs.",
+)
 
 
 def load_experiment() -> Experiment:
@@ -76,6 +83,12 @@ def main(argv: list[str]) -> int:
         if WORKDIR.value is None:
             raise UserError("--report_only needs --workdir, e.g. --workdir=results/seq_len")
         return _report(WORKDIR.value)
+    if PLOT_ATTENTION.value is not None:
+        from attn_zoo.attention_report import write_attention, write_patterns
+
+        drawn = write_patterns(WORKDIR.value or "docs") if PLOT_ATTENTION.value == "patterns" else write_attention(PLOT_ATTENTION.value, DATA_DIR.value)
+        print(*drawn, sep="\n")
+        return 0
     experiment = load_experiment()
     if DRY_RUN.value:
         from attn_zoo.catalogue import cell_table

@@ -71,6 +71,10 @@ def zoo_page() -> str:
         "",
         "Every variant in the words of its own file, in the order of the tables. Letters: T queries, S keys, N heads, H head dim; i is the query's position, j the key's.",
         "Scores are scaled by H^-1/2 unless said otherwise, and `causal` adds j <= i. Made from the registry by `python -m attn_zoo.catalogue`.",
+        "",
+        "![what sees what in every sparse variant](patterns.png)",
+        "",
+        "Drawn by `python launch.py --plot_attention=patterns`.",
     ]
     for family, members in groupby(VARIANTS.values(), key=lambda v: v.family):
         lines += ["", f"## {family[0].upper()}{family[1:]}"]

@@ -1,6 +1,6 @@
 """One cell, run in a process of its own: train, evaluate, measure, and leave a record. `python -m attn_zoo.cell` reads the job from stdin.
 
-The job is {"cell", "workdir", "data_dir"}; events go to stdout, one JSON object a line; all else that is printed goes to stderr.
+The job is {"cell", "workdir", "data_dir", "keep_parameters"}; events go to stdout, one JSON object a line; all else that is printed goes to stderr.
 """
 
 import time
@@ -25,6 +25,7 @@ from attn_zoo.attention import find, parse_variant
 from attn_zoo.checkpoints import Checkpoints
 from attn_zoo.config import Cell
 from attn_zoo.models import BODIES, param_counts
+from attn_zoo.parameters import write_parameters
 from attn_zoo.results import write_record
 from attn_zoo.spec import Unsupported, UserError
 from attn_zoo.tasks import Task, load_task
@@ -33,12 +34,12 @@ from attn_zoo.tasks import Task, load_task
 DECODE_STEPS = 64  # in one call of the measuring mode `decode`
 
 
-def run(cell: Cell, workdir: str, data_dir: str, report: Callable[..., None]) -> dict[str, Any]:
+def run(cell: Cell, workdir: str, data_dir: str, report: Callable[..., None], keep_parameters: bool = False) -> dict[str, Any]:
     """Runs the cell and returns its record; whatever goes wrong becomes its status, beside the keys that were reached."""
     record = {"id": cell.id, "status": "ok", "message": "", "cell": dataclasses.asdict(cell)}
     seconds = {"startup": time.perf_counter() - STARTED}
     try:
-        _fill(record, cell, workdir, data_dir, report, seconds)
+        _fill(record, cell, workdir, data_dir, report, seconds, keep_parameters)
     except Unsupported as e:
         record |= {"status": "unsupported", "message": str(e)}
     except train.Diverged as e:
@@ -53,7 +54,7 @@ def run(cell: Cell, workdir: str, data_dir: str, report: Callable[..., None]) ->
     return record
 
 
-def _fill(record: dict, cell: Cell, workdir: str, data_dir: str, report: Callable[..., None], seconds: dict[str, float]) -> None:
+def _fill(record: dict, cell: Cell, workdir: str, data_dir: str, report: Callable[..., None], seconds: dict[str, float], keep_parameters: bool) -> None:
     clock = time.perf_counter()
 
     def lap(name):
@@ -92,6 +93,8 @@ def _fill(record: dict, cell: Cell, workdir: str, data_dir: str, report: Callabl
     if estimator.samples(model):
         record["estimator"] = estimator.variance(model, trained.state, next(task.train_iterator(B, cell.seed)))
     record["compilations"], record["resumed_from"] = trained.compilations, trained.resumed_from
+    if keep_parameters:  # before the train step is timed, to which the state is given away
+        write_parameters(workdir, cell.id, trained.state["params"], trained.state["rest"])
     lap("train")
 
     report(phase="measure")
@@ -187,7 +190,7 @@ def main() -> int:
     jax.config.update("jax_enable_compilation_cache", False)  # or compile seconds would be those of a disk
     job = json.load(sys.stdin)
     cell = Cell.from_json(job["cell"])
-    record = run(cell, job["workdir"], job["data_dir"], report)
+    record = run(cell, job["workdir"], job["data_dir"], report, job.get("keep_parameters", False))
     write_record(job["workdir"], record)
     report(phase="done", status=record["status"])
     return 0

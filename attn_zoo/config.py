@@ -148,6 +148,7 @@ class Experiment:
     train: Train = Train()
     measure: Measure = Measure()
     timeout_s: float = 3600.0  # a cell that takes longer is stopped, and its row says so
+    keep_parameters: bool = False  # of every cell, in parameters/<id>.npz, for --plot_attention; no part of a cell, since no result depends on it
 
     def __post_init__(self):
         for name in ("variants", "seq_lens", "seeds"):
@@ -158,6 +159,7 @@ class Experiment:
         for seed in self.seeds:
             check_int("seeds", seed, 0)
         check_number("timeout_s", self.timeout_s, 1e-3)
+        check_choice("keep_parameters", self.keep_parameters, (False, True))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ from attn_zoo.attention import parse_variants, variant_text
 from attn_zoo.config import Cell, Experiment
 from attn_zoo.models import BODIES
 from attn_zoo.ops.backends import check_backend
+from attn_zoo.parameters import parameters_path
 from attn_zoo.progress import Display
 from attn_zoo.results import load_records, load_sweep, record_path, write_record
 from attn_zoo.spec import UserError, check
@@ -61,7 +62,7 @@ def claim(workdir: str, experiment: Experiment, cells: list[Cell]) -> None:
 
 
 def check_same_sweep(workdir: str, mine: dict, theirs: dict) -> None:
-    """Raises UserError naming the first setting in which two sweeps differ; variants, lengths, seeds and time limit may."""
+    """Raises UserError naming the first setting in which two sweeps differ; variants, lengths, seeds, time limit and what is kept may."""
     for name in SHARED:
         if mine[name] != theirs.get(name):
             a, b = mine[name], theirs.get(name)
@@ -72,6 +73,8 @@ def check_same_sweep(workdir: str, mine: dict, theirs: dict) -> None:
 
 def run(experiment: Experiment, workdir: str, data_dir: str, display: Display, retry: bool = False, allow_download: bool = False) -> list[dict[str, Any]]:
     """Runs the cells that have no record yet, one at a time, and returns the records of all. With `retry`, also those that failed.
+
+    Where parameters are to be kept, a cell that ended ok without keeping them runs again.
 
     On KeyboardInterrupt the running cell is stopped with its children, and the interrupt goes on to the caller.
     """
@@ -93,7 +96,8 @@ def run(experiment: Experiment, workdir: str, data_dir: str, display: Display, r
 def _run_claimed(experiment, todo, workdir, data_dir, display, retry, allow_download):
     asked = {cell.id for cell in todo}
     done = {r["id"]: r for r in load_records(workdir) if r["id"] in asked}
-    left = [c for c in todo if c.id not in done or (retry and done[c.id]["status"] in FAILED)]
+    lacks = lambda cell: experiment.keep_parameters and done[cell.id]["status"] == "ok" and not parameters_path(workdir, cell.id).exists()
+    left = [c for c in todo if c.id not in done or (retry and done[c.id]["status"] in FAILED) or lacks(c)]
     with display:
         display.begin(len(todo), len(todo) - len(left))
         if left:
@@ -102,18 +106,19 @@ def _run_claimed(experiment, todo, workdir, data_dir, display, retry, allow_down
             load_task(experiment.task, max(experiment.seq_lens), data_dir, allow_download).prepare()
         for cell in left:
             display.start(cell)
-            done[cell.id] = run_cell(cell, workdir, data_dir, experiment.timeout_s, display)
+            done[cell.id] = run_cell(cell, workdir, data_dir, experiment.timeout_s, display, experiment.keep_parameters)
             display.finish(done[cell.id])
     return [done[cell.id] for cell in todo]
 
 
-def run_cell(cell: Cell, workdir: str, data_dir: str, timeout_s: float, display: Display) -> dict[str, Any]:
+def run_cell(cell: Cell, workdir: str, data_dir: str, timeout_s: float, display: Display, keep_parameters: bool = False) -> dict[str, Any]:
     """Runs one cell in a process and returns its record, which stands on disk by then, whatever became of the process."""
     log = Path(workdir, "logs", f"{cell.id}.log")
     log.parent.mkdir(exist_ok=True)
     path = record_path(workdir, cell.id)
-    path.unlink(missing_ok=True)
-    job = {"cell": dataclasses.asdict(cell), "workdir": str(workdir), "data_dir": str(data_dir)}
+    for earlier in (path, parameters_path(workdir, cell.id)):
+        earlier.unlink(missing_ok=True)
+    job = {"cell": dataclasses.asdict(cell), "workdir": str(workdir), "data_dir": str(data_dir), "keep_parameters": keep_parameters}
     oom_kills, started = _oom_kills(), time.monotonic()
     with open(log, "w") as stderr:
         # A session of its own: Ctrl-C reaches this process alone, which then stops the cell with all its children.

@@ -18,4 +18,5 @@ experiment = Experiment(
     model=Model(body="recurrent", D=96, layers=1),
     train=Train(steps=600, tokens_per_step=64 * 33, lr=3e-3, warmup=100, weight_decay=0.01, eval_tokens=16_500),
     measure=Measure(modes=()),
+    keep_parameters=True,  # for --plot_attention
 )

@@ -15,4 +15,5 @@ experiment = Experiment(
     model=Model(D=96, layers=2, N=4, positions="sinusoidal"),
     train=Train(steps=2000, tokens_per_step=64 * 33, lr=2e-3, warmup=200, eval_tokens=33_000),
     measure=Measure(modes=("train_step",)),
+    keep_parameters=True,  # for --plot_attention
 )

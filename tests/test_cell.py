@@ -172,6 +172,10 @@ def test_the_checkpoints_of_a_finished_cell_are_gone(trained):
     assert not list((trained.workdir / "checkpoints").iterdir())
 
 
+def test_a_cell_keeps_no_parameters_unless_told_to(trained):
+    assert not (trained.workdir / "parameters").exists()
+
+
 def test_unsupported(tmp_path):
     record = run(make_cell("linformer(rank=4)"), tmp_path)  # mqar is causal
     assert (record["status"], record["message"]) == ("unsupported", f"linformer cannot be causal: {VARIANTS['linformer'].causal}")

@@ -151,6 +151,28 @@ def test_report_only_makes_the_same_report_from_the_records_alone(swept, call, t
     assert (tmp_path / "table.md").read_text() in out
 
 
+def test_attention_is_drawn_of_a_sweep_that_kept_its_parameters(swept, call):
+    """First it did not; started again with the setting, it runs what it lacks and nothing else."""
+    assert_refused(call("--plot_attention=results/tiny"), "no cell kept its parameters; run the sweep again with --set keep_parameters=True")
+    before = {path.name: path.read_bytes() for path in (swept.workdir / "records").iterdir()}
+    status, out, _ = call("--config=tiny.py", "--set", "keep_parameters=True")
+    assert status == 0 and out.splitlines()[0] == "2 cells, 1 of them done before"
+    assert before.keys() == {path.name for path in (swept.workdir / "records").iterdir()}
+    status, out, err = call("--plot_attention=results/tiny")
+    assert (status, err) == (0, "") and "attention/" in out and "full, T = 16, seed 0" in out
+    assert {path.suffix for path in (swept.workdir / "attention").iterdir()} == {".png", ".pdf"}
+
+
+def test_patterns_are_drawn_without_a_run(call, tmp_path, monkeypatch):
+    from attn_zoo import pattern_figures
+    from matplotlib.figure import Figure
+
+    monkeypatch.setattr(pattern_figures, "patterns", lambda: Figure((1, 1)))  # itself: tests/test_attention_report.py
+    status, out, err = call("--plot_attention=patterns", f"--workdir={tmp_path}/here")
+    assert (status, err) == (0, "") and out.split() == [f"{tmp_path}/here/patterns.png", f"{tmp_path}/here/patterns.pdf"]
+    assert sorted(path.name for path in (tmp_path / "here").iterdir()) == ["patterns.pdf", "patterns.png"]
+
+
 def test_a_timeout_is_a_failure_that_stays_one_until_it_is_retried(swept, call, tmp_path):
     arguments = ("--config=tiny.py", "--variants=linear", f"--workdir={tmp_path}", "--set", "timeout_s=0.3")
     status, out, err = call(*arguments)
@@ -227,6 +249,7 @@ def test_a_mistake_is_one_line_without_a_traceback():
         (["--config=."], "--config=.: there is no such file"),
         (["--report_only"], "--report_only needs --workdir"),
         (["--report_only", "--workdir=nothing"], "no records"),
+        (["--plot_attention=nothing"], "--plot_attention=nothing: there are no records; give the workdir of a sweep"),
     ],
 )
 def test_what_cannot_be_a_sweep_is_refused(arguments, message, call, tmp_path, monkeypatch):

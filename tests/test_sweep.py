@@ -18,6 +18,7 @@ from rich.console import Console
 
 from attn_zoo import sweep
 from attn_zoo.config import Experiment
+from attn_zoo.parameters import parameters_path
 from attn_zoo.progress import Display
 from attn_zoo.results import STATUSES, load_records, load_sweep
 from attn_zoo.spec import UserError
@@ -68,7 +69,7 @@ def claim(workdir, experiment):
 
 def test_an_extended_sweep_keeps_its_earlier_cells(tmp_path):
     claim(tmp_path, EXPERIMENT)
-    claim(tmp_path, change(variants=("linear", "local"), seq_lens=(32,), seeds=(1,), timeout_s=5.0))
+    claim(tmp_path, change(variants=("linear", "local"), seq_lens=(32,), seeds=(1,), timeout_s=5.0, keep_parameters=True))
     content = load_sweep(tmp_path)
     assert [(c["variant"], c["seq_len"], c["seed"]) for c in content["cells"]] == [("linear", 32, 1), ("local", 32, 1), ("full", 16, 0)]
     assert content["cells"][-1]["id"] == sweep.cells(EXPERIMENT, "")[0].id
@@ -248,3 +249,41 @@ def test_what_is_done_is_not_run_again(child, tmp_path, display, monkeypatch):
     assert started(extended, retry=True) == ["timeout", "error"]
     assert started(experiment) == []
     assert len(load_records("work")) == len(STATUSES)
+
+
+KEEPING = FAKE + """
+from attn_zoo.parameters import parameters_path
+
+if job["keep_parameters"]:
+    path = parameters_path(job["workdir"], cell.id)
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+"""
+
+
+def test_a_cell_that_ended_well_without_keeping_its_parameters_runs_again_where_they_are_asked_for(child, tmp_path, display, monkeypatch):
+    """Seed s ends in the s-th status; of what did not end well there is nothing to keep."""
+    (tmp_path / "fake.py").write_text(KEEPING)
+    monkeypatch.chdir(tmp_path)
+    child(f"exec {sys.executable} fake.py")
+    experiment = change(seeds=(0, 1, 2))
+
+    def started(experiment):
+        (tmp_path / "started").write_text("")
+        sweep.run(experiment, "work", "data", display)
+        return (tmp_path / "started").read_text().split()
+
+    assert sweep.cells(experiment, "") == sweep.cells(change(experiment, keep_parameters=True), ""), "what is kept is no part of a cell"
+    assert started(experiment) == ["0", "1", "2"] and not (tmp_path / "work" / "parameters").exists()
+    assert started(change(experiment, keep_parameters=True)) == ["0"]
+    (kept,) = (tmp_path / "work" / "parameters").iterdir()
+    assert kept.name == f"{sweep.cells(experiment, '')[0].id}.npz"
+    assert started(change(experiment, keep_parameters=True)) == started(experiment) == []
+
+
+def test_parameters_of_an_earlier_run_do_not_outlive_it(child, tmp_path, display):
+    path = parameters_path(tmp_path, CELL.id)
+    path.parent.mkdir()
+    path.write_text("earlier")
+    child("exit 1")
+    assert run_cell(tmp_path, display)[0] == "error" and not path.exists()

@@ -226,7 +226,7 @@ class Transformer(nnx.Module):
         self,
         inputs_BT: Int[Array, "B T"],
         *,
-        source: Int[Array, "B S"] | None = None,
+        source: Int[Array, "B S"] | Float[Array, "B h w c"] | None = None,
         source_valid: Bool[Array, "B S"] | None = None,
         valid_BT: Bool[Array, "B T"] | None = None,
         key: Key[Array, ""] | None = None,

@@ -98,6 +98,10 @@ class Task(abc.ABC):
         """Scores of targets that a model wrote by itself, one after the other word; rows without a target count nothing. For tasks with `begin_end`."""
         raise NotImplementedError
 
+    def label(self, id: int, source: bool = False) -> str:
+        """How a figure names an id of the inputs and targets, or of the source."""
+        return str(id)
+
     def score(self, loss: float, accuracy: float) -> dict[str, float]:
         """A floor's entry; the loss is in nats."""
         bits = {"eval_bits_per_byte": float(loss) / math.log(2)} if self.loss_name == "bits_per_byte" else {}

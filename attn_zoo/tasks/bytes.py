@@ -127,6 +127,9 @@ class Bytes(Task):
         inputs = np.where(hidden, np.int32(MASK), targets)
         return {"inputs": inputs, "targets": targets, "weights": hidden.astype(np.float32), "valid": valid}
 
+    def label(self, id: int, source: bool = False) -> str:
+        return "MASK" if id == MASK else chr(id)  # a byte of more than ASCII as Latin-1 has it
+
     def floors(self) -> dict[str, dict[str, float]]:
         """Uniform, and byte counts of the training split, alone or given the (true) byte before, plus one, scored on validation."""
 

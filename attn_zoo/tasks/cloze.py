@@ -163,6 +163,9 @@ class Cloze(RecordTask):
         words = {i: word for word, i in self.vocabulary.items()}
         return " ".join(words.get(i, "?" if i == UNKNOWN else f"?{i - RESERVED}") for i in map(int, ids) if i != PAD)
 
+    def label(self, id: int, source: bool = False) -> str:
+        return self.text([id]) or "PAD"
+
     def provenance(self) -> dict[str, Any]:
         corpus = {"sha256": self.corpus.sha256, "bytes": self.corpus.num_bytes, "files": len(self.corpus.paths)}
         return {**prepared.describe(self.builder), "corpus": corpus, "python": platform.python_version()}

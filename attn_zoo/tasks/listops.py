@@ -88,6 +88,9 @@ class ListOps(RecordTask):
             "valid": np.arange(self.seq_len) < length,
         }
 
+    def label(self, id: int, source: bool = False) -> str:
+        return VOCABULARY[id]
+
     def floors(self) -> dict[str, dict[str, float]]:
         """Class counts of the training split plus one, over all and by the operator at the root, scored on validation."""
 

@@ -51,6 +51,9 @@ class PairTask(RecordTask):
     def text(self, ids: np.ndarray, source: bool = False) -> str:
         """The words of target (or source) ids, up to END."""
 
+    def label(self, id: int, source: bool = False) -> str:
+        return reserved_label(id) or self.text(np.array([id]), source)
+
     def example(self, record: dict[str, Any]) -> Example:
         source, target = self.pair(record)
         return join(source, target, self.seq_len) if self.joined else pair(source, target, self.source_len, self.seq_len)
@@ -106,6 +109,11 @@ class Outcomes:
 def previous(target: np.ndarray) -> np.ndarray:
     """The context of a bigram: the token before each of the target and END."""
     return np.append(BEGIN, target)
+
+
+def reserved_label(id: int) -> str:
+    """The name of a reserved id, or nothing."""
+    return {PAD: "PAD", BEGIN: "BEGIN", END: "END"}.get(int(id), "")
 
 
 def content(ids: Iterable[int]) -> list[int]:

@@ -24,7 +24,7 @@ from attn_zoo.spec import UserError, check, check_choice, check_int, check_numbe
 from attn_zoo.tasks import prepared
 from attn_zoo.tasks.base import Example, RecordTask
 from attn_zoo.tasks.counts import count_model_score
-from attn_zoo.tasks.pairs import BEGIN, END, RESERVED, shifted
+from attn_zoo.tasks.pairs import BEGIN, END, RESERVED, reserved_label, shifted
 from attn_zoo.tasks.scenes import COLOURS, FORMS, RADII, SIDE, Shape, draw, draw_comparison, draw_scene
 
 OBJECTIVES = ("captions", "same")
@@ -109,6 +109,9 @@ class Shapes(RecordTask):
     def text(self, ids: np.ndarray) -> str:
         """The words of target ids, up to END."""
         return " ".join(words(ids))
+
+    def label(self, id: int, source: bool = False) -> str:
+        return reserved_label(id) or WORDS[id - RESERVED]
 
     def slots(self, ids_T: np.ndarray) -> dict[str, str | int]:
         """What a caption says: 'shapes', how many there are, and 'size 1', 'colour 1', 'form 1', 'relation 1' (of shape 1 to shape 2), ...

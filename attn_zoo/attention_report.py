@@ -1,0 +1,135 @@
+"""What the trained models of a sweep look at, drawn from the parameters that it kept, and a picture of the zoo's patterns."""
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+
+from attn_zoo import attention_figures, config, pattern_figures, train
+from attn_zoo.attention_figures import Panel
+from attn_zoo.models.looking import look
+from attn_zoo.parameters import load_parameters, parameters_path
+from attn_zoo.results import load_records
+from attn_zoo.spec import UserError
+from attn_zoo.tasks import Example, Task, load_task
+
+EXAMPLES = 3  # of validation
+CANDIDATES = 64  # among which those are looked for whose characters a figure can draw
+POSITIONS = 64  # of self-attention
+WORDS = {"cross": "attention to the source; down, what is said; across, what is read", "decoder": "self-attention of the decoder", "encoder": "self-attention of the encoder"}
+
+
+def write_patterns(folder: str | os.PathLike) -> list[Path]:
+    """Draws the patterns of all sparse variants into folder/patterns.png and .pdf."""
+    return _save(pattern_figures.patterns(), Path(folder), "patterns")
+
+
+def write_attention(workdir: str | os.PathLike, data_dir: str) -> list[str]:
+    """Draws the attention of each variant and length, of its first seed that kept parameters, into workdir/attention/; a line for each figure.
+
+    Raises UserError where there are no records, no parameters, or no attention.
+    """
+    records = load_records(workdir)
+    if not records:
+        raise UserError(f"--plot_attention={workdir}: there are no records; give the workdir of a sweep, e.g. results/dates, or patterns")
+    kept = [r for r in records if r["status"] == "ok" and parameters_path(workdir, r["id"]).exists()]
+    if not kept:
+        raise UserError(f"--plot_attention={workdir}: no cell kept its parameters; run the sweep again with --set keep_parameters=True")
+    lines, learned = [], {}
+    for record in {(r["cell"]["variant"], r["cell"]["seq_len"]): r for r in reversed(kept)}.values():
+        title = f"{record['cell']['variant']}, T = {record['cell']['seq_len']:,}, seed {record['cell']['seed']}"
+        for name, what, figure in cell_figures(workdir, record, data_dir, title):
+            (png, _) = _save(figure, Path(workdir, "attention"), f"{record['id']}_{name}")
+            lines.append(f"{png}: {title}: {what}")
+        if by_layer := learned_spans(record):
+            learned[title] = by_layer
+    if learned:
+        (png, _) = _save(attention_figures.spans(dict(reversed(learned.items()))), Path(workdir, "attention"), "spans")
+        lines.append(f"{png}: learned spans of all heads")
+    if not lines:
+        raise UserError(f"--plot_attention={workdir}: none of its models has attention to draw")
+    return sorted(lines)
+
+
+def cell_figures(workdir: str | os.PathLike, record: dict[str, Any], data_dir: str, title: str) -> Iterator[tuple[str, str, Figure]]:
+    """(name, what it shows, figure) of a cell: of some examples what the source is read for, and of the first the self-attention."""
+    cell = config.Cell.from_json(record["cell"])
+    # The same function, in the form whose derivative can be taken: nothing recomputed, by the backend that serves everything.
+    plain = dataclasses.replace(cell, model=dataclasses.replace(cell.model, remat=False), attention=config.Attention(backend="xla"))
+    task = load_task(cell.task, cell.seq_len, data_dir)
+    model = train.Model(plain, task)
+    params, rest = load_parameters(workdir, record["id"], *jax.eval_shape(model.init))
+    model.specialize(params, rest)
+    chosen = examples(task, EXAMPLES)
+    bound = model.bind(params, rest)
+    grid = bound.encoder.net.grid if task.image_shape is not None else None
+    found = look_at(bound, task, chosen)
+    for place, layers in found.items():
+        heads = layers[0].shape[1]
+        for n, example in enumerate(chosen if place == "cross" else chosen[:1]):
+            each = list(itertools.product(range(len(layers)), range(heads)))
+            name = lambda layer, head: f"layer {layer + 1}, head {head + 1}" if len(each) > 1 else ""
+            panels = [Panel(name(layer, head), np.asarray(layers[layer][n, head], np.float32)) for layer, head in each]
+            what = f"example {n + 1}, {WORDS[place]}"
+            yield f"{place}_{n + 1}", what, draw(task, example, place, panels, f"{title}; {what}", across=heads, grid=grid)
+
+
+def draw(task: Task, example: Example, place: str, panels: list[Panel], title: str, across: int, grid: tuple[int, int] | None) -> Figure:
+    """The figure of one example, of its valid positions alone; `grid` is that of the cells of a picture, where the source is one."""
+    inputs = example["inputs"][example["valid"]]
+    said = [task.label(int(i)) for i in (example["targets"][example["valid"]] if place == "cross" and task.per_token else inputs)]
+    if place == "cross" and grid is not None:
+        return attention_figures.maps(example["source"], said, panels, grid, title=title)
+    of_source = place == "cross" or (place == "encoder" and task.source_len > 0)
+    read = [task.label(int(i), source=True) for i in example["source"][example["source_valid"]]] if of_source else said
+    rows, columns = (said if place == "cross" else read), read
+    if place != "cross":
+        rows, columns = rows[:POSITIONS], columns[:POSITIONS]
+    cut = [Panel(panel.title, panel.weights_TS[: len(rows), : len(columns)]) for panel in panels]
+    return attention_figures.matrices(cut, rows, columns, title=title, across=across)
+
+
+def look_at(model: Any, task: Task, chosen: list[Example]) -> dict[str, list[jax.Array]]:
+    """The model's weights on these examples, as `look` gives them."""
+    batch = {name: jnp.stack([example[name] for example in chosen]) for name in chosen[0]}
+    source = {name: batch[name] for name in ("source", "source_valid") if name in batch}
+    # Of a source all that is said is drawn, of self-attention the first positions.
+    rows = None if "source" in batch else POSITIONS
+    return look(model, batch["inputs"], valid_BT=batch["valid"] if task.padded else None, rows=rows, **source)
+
+
+def examples(task: Task, count: int) -> list[Example]:
+    """The first examples of validation whose characters all have a picture in the font; then, if there are too few, the first others."""
+    candidates = list(itertools.islice(task.eval_examples(CANDIDATES * task.seq_len, "validation"), CANDIDATES))
+
+    def illegible(example: Example) -> bool:
+        labels = [task.label(int(i)) for i in example["inputs"][example["valid"]]]
+        if "source_valid" in example:
+            labels += [task.label(int(i), source=True) for i in example["source"][example["source_valid"]]]
+        return not all(map(attention_figures.legible, labels))
+
+    return sorted(candidates, key=illegible)[:count]
+
+
+def learned_spans(record: dict[str, Any]) -> list[np.ndarray]:
+    """What the layers of a cell recorded of their heads' spans, [N] a layer, in the order of the model; [] where they learn none."""
+    spans = {tuple(int(x) if x.isdigit() else x for x in name.split(".")): z for name, z in (record.get("statistics") or {}).items() if name.endswith(".spans")}
+    return [np.atleast_1d(np.asarray(spans[path], float)) for path in sorted(spans)]
+
+
+def _save(figure: Figure, folder: Path, name: str) -> list[Path]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{folder}: the folder cannot be made ({e.strerror})") from None
+    paths = [folder / f"{name}.{form}" for form in ("png", "pdf")]
+    figure.savefig(paths[0], dpi=200)
+    figure.savefig(paths[1], metadata={"CreationDate": None})
+    return paths
