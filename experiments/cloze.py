@@ -14,6 +14,6 @@ experiment = Experiment(
     seq_lens=(48,),  # of the query; the document has up to 256 words
     seeds=(0, 1, 2),
     model=Model(body="reader", D=128, layers=1, dropout=0.2),
-    train=Train(steps=800, tokens_per_step=32 * 48, lr=2e-3, warmup=100, weight_decay=0.01, eval_tokens=96_000),
+    train=Train(steps=900, tokens_per_step=32 * 48, lr=4e-3, warmup=50, clip=5.0, log_every=20, eval_tokens=96_000),
     measure=Measure(modes=()),
 )

@@ -56,7 +56,7 @@ def documented() -> set[str]:
 
 def spelled_out(record) -> set[str]:
     """The documented keys, with the record's modes and floors in the places of <mode> and <name>."""
-    keys = {k for k in documented() if not k.startswith("probes.")}  # of tasks that have some
+    keys = {k for k in documented() if not k.startswith(("probes.", "written.", "estimator."))}  # of tasks and variants that have some
     return {k.replace("<mode>", mode).replace("<name>", name) for k in keys for mode in MODES if mode != "decode" for name in record["floors"]}
 
 
