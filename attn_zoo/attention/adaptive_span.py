@@ -124,12 +124,13 @@ class AdaptiveSpan(SlotDecoding):
         return backends.choose(self.dims.backend, self.pattern(), self.dims.dtype, self.dims.head_dim, masked=masked, modified=True)
 
     def plan(self, T, S, masked=False):
-        return pattern_plan(self.backend(masked), self.pattern(), T, S) | {"window": self.window}
+        return pattern_plan(self.backend(masked), self.pattern(), T, S, self.dims) | {"window": self.window}
 
 
 def _add_log_mask(scores, distance, span, ramp):
     m = soft_mask(distance, span, ramp)
-    return jnp.where(m <= 0, NEG, scores + jnp.log(jnp.where(m <= 0, 1.0, m)))  # in this order NaN stays NaN
+    # A span that is NaN stays NaN: through the order of the two cases, and where a GPU's minimum and maximum drop it, through the sum.
+    return jnp.where(m <= 0, NEG + 0 * span, scores + jnp.log(jnp.where(m <= 0, 1.0, m)))
 
 
 def flops(options: Options, B: int, T: int, S: int, N: int, H: int, causal: bool) -> float:

@@ -13,7 +13,6 @@ from attn_zoo.attention.base import Paper, Variant, softmax_reference
 from attn_zoo.attention.block_local import pattern as own_block
 from attn_zoo.attention.pattern import SlotDecoding, pair_flops
 from attn_zoo.attention.strided import column_pattern
-from attn_zoo.ops.blocked import blocked_attention
 from attn_zoo.ops.fold import fold, fold_valid, unfold
 from attn_zoo.ops.merge import merge
 from attn_zoo.ops.patterns import CAUSAL, FULL, Every
@@ -41,16 +40,18 @@ def width_of(options: Options, max_len: int) -> int:
 class Axial(SlotDecoding):
     """Rows and columns of a grid."""
 
+    has_parts = True
+
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         (B, T), S, causal, axis = q_BTNH.shape[:2], k_BSKH.shape[1], self.dims.causal, self.options.axis
         width = min(width_of(self.options, self.dims.max_len), max(T, S))  # beyond, all is one row, and folding would only pad
         parts = []
         if axis != "column":
-            parts.append(blocked_attention(q_BTNH, k_BSKH, v_BSKH, pattern=own_block(width, max(T, S), causal), valid_BS=valid_BS))
+            parts.append(self.part(q_BTNH, k_BSKH, v_BSKH, pattern=own_block(width, max(T, S), causal), valid_BS=valid_BS))
         if axis != "row":
             pattern = column_pattern(causal) if axis == "both" else CAUSAL if causal else FULL
             folded = (fold(x, width) for x in (q_BTNH, k_BSKH, v_BSKH))
-            column = blocked_attention(*folded, pattern=pattern, valid_BS=fold_valid(valid_BS, B, S, width))
+            column = self.part(*folded, pattern=pattern, valid_BS=fold_valid(valid_BS, B, S, width))
             parts.append(tuple(unfold(x, width, T) for x in column))
         return merge(*parts)[0]
 

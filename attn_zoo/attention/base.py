@@ -17,6 +17,8 @@ from flax import nnx
 from flax.errors import TraceContextError
 from jaxtyping import Array, Bool, Float, Key
 
+from attn_zoo.ops import backends
+from attn_zoo.ops.patterns import FULL, Pattern
 from attn_zoo.spec import Unsupported, UserError
 
 
@@ -119,6 +121,7 @@ class Attention(nnx.Module):
     variant: Variant  # its registry entry, set by make_attention
     shares_query_key = False  # True: the layer makes no key projection, and keys are the queries
     pools_queries = False  # True: an output depends on other queries too; invalid ones arrive as zeros, and `attend` takes valid_BT
+    has_parts = False  # True: softmax attention is computed by `part` alone, and every backend that gives a logsumexp serves
     anywhere = False  # True: without a causal mask, an output does not depend on the position of its query
 
     def __init__(self, options: Any, dims: Dims):
@@ -213,8 +216,15 @@ class Attention(nnx.Module):
         """Sets the variable `name` of this layer, as `leave` does."""
         leave(self, name, value)
 
+    def part(self, q_BTNH, k_BSKH, v_BSKH, *, pattern: Pattern, valid_BS=None) -> tuple[Array, Array]:
+        """(output, logsumexp) of softmax attention over the pairs of `pattern`, on this layer's backend: a part to be merged with others."""
+        backend = self.backend(valid_BS is not None)
+        return backends.attention_and_logsumexp(q_BTNH, k_BSKH, v_BSKH, pattern=pattern, valid_BS=valid_BS, backend=backend)
+
     def backend(self, masked: bool = False) -> str:
         """The backend that runs, given whether key validity is passed. Raises UserError if dims.backend names one that cannot serve."""
+        if self.has_parts:
+            return backends.choose(self.dims.backend, FULL, self.dims.dtype, self.dims.head_dim, masked=masked, logsumexp=True)
         if self.dims.backend not in ("auto", "xla"):
             raise UserError(f"attention.backend={self.dims.backend!r} does not serve {self.variant.name}; use auto or xla")
         return "xla"

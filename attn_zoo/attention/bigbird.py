@@ -16,7 +16,6 @@ from attn_zoo.attention.base import Variant, softmax_reference
 from attn_zoo.attention.block import BLOCK
 from attn_zoo.attention.global_window import pattern
 from attn_zoo.attention.pattern import SlotDecoding, dense_mask, pair_flops, pattern_plan
-from attn_zoo.ops.blocked import blocked_attention
 from attn_zoo.ops.draws import draw_distinct
 from attn_zoo.ops.gathered import gathered_attention, listed_mask
 from attn_zoo.ops.merge import merge
@@ -59,12 +58,14 @@ def draw(options: Options, T: int, S: int, causal: bool) -> tuple[np.ndarray, np
 class BigBird(SlotDecoding):
     """Window, global tokens and random keys."""
 
+    has_parts = True
+
     def pattern(self) -> Pattern:
         """The window and the global tokens."""
         return pattern(self.options.window, self.options.globals, self.dims.causal)
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
-        blocks = blocked_attention(q_BTNH, k_BSKH, v_BSKH, pattern=self.pattern(), valid_BS=valid_BS)
+        blocks = self.part(q_BTNH, k_BSKH, v_BSKH, pattern=self.pattern(), valid_BS=valid_BS)
         index, seen = draw(self.options, q_BTNH.shape[1], k_BSKH.shape[1], self.dims.causal)
         if not seen.any():
             return blocks[0]
@@ -90,7 +91,7 @@ class BigBird(SlotDecoding):
 
     def plan(self, T, S, masked=False):
         useful = pairs(self.options, T, S, self.dims.causal)
-        return pattern_plan(self.backend(masked), self.pattern(), T, S) | {"density": useful / (T * S)}
+        return pattern_plan(self.backend(masked), self.pattern(), T, S, self.dims) | {"density": useful / (T * S)}
 
 
 def pairs(options: Options, T: int, S: int, causal: bool) -> int:

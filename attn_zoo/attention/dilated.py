@@ -10,7 +10,6 @@ import numpy as np
 from attn_zoo.attention.base import Variant, softmax_reference
 from attn_zoo.attention.local import LOCAL
 from attn_zoo.attention.pattern import SlotDecoding, pair_flops
-from attn_zoo.ops.blocked import blocked_attention
 from attn_zoo.ops.fold import fold, fold_valid, unfold
 from attn_zoo.ops.patterns import Band, Every
 from attn_zoo.ops.slots import Slots
@@ -32,12 +31,14 @@ class Options:
 class Dilated(SlotDecoding):
     """A sliding window with gaps."""
 
+    has_parts = True
+
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         (B, T), S, w = q_BTNH.shape[:2], k_BSKH.shape[1], self.options.window
         d = min(self.options.dilation, max(T, S))  # beyond, a query sees itself alone, and folding would only pad
         valid = fold_valid(valid_BS, B, S, d)
         band = Band(w, 0 if self.dims.causal else w)
-        return unfold(blocked_attention(*(fold(x, d) for x in (q_BTNH, k_BSKH, v_BSKH)), pattern=band, valid_BS=valid)[0], d, T)
+        return unfold(self.part(*(fold(x, d) for x in (q_BTNH, k_BSKH, v_BSKH)), pattern=band, valid_BS=valid)[0], d, T)
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         i, j = np.arange(q_BTNH.shape[1])[:, None], np.arange(k_BSKH.shape[1])[None, :]

@@ -13,7 +13,6 @@ from attn_zoo.attention.base import Variant, softmax_reference
 from attn_zoo.attention.block_local import pattern as own_block
 from attn_zoo.attention.pattern import SlotDecoding, pair_flops
 from attn_zoo.attention.strided import STRIDED
-from attn_zoo.ops.blocked import blocked_attention
 from attn_zoo.ops.merge import merge
 from attn_zoo.ops.patterns import CAUSAL, Pattern
 from attn_zoo.ops.slots import Slots
@@ -76,16 +75,18 @@ class Summaries(Pattern):
 class Fixed(SlotDecoding):
     """Own block, and summaries of the others."""
 
+    has_parts = True
+
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         T, S, causal = q_BTNH.shape[1], k_BSKH.shape[1], self.dims.causal
         stride, summary = sizes(self.options, self.dims.max_len)
-        own = blocked_attention(q_BTNH, k_BSKH, v_BSKH, pattern=own_block(stride, max(T, S), causal), valid_BS=valid_BS)
+        own = self.part(q_BTNH, k_BSKH, v_BSKH, pattern=own_block(stride, max(T, S), causal), valid_BS=valid_BS)
         where = np.flatnonzero(np.arange(S) % stride >= stride - summary)  # in a last, cut block there are fewer: it comes last, so m // summary holds
         if not len(where):
             return own[0]
         others = OtherBlocks(stride, summary, causal)
         valid = None if valid_BS is None else valid_BS[:, where]
-        return merge(own, blocked_attention(q_BTNH, k_BSKH[:, where], v_BSKH[:, where], pattern=others, valid_BS=valid))[0]
+        return merge(own, self.part(q_BTNH, k_BSKH[:, where], v_BSKH[:, where], pattern=others, valid_BS=valid))[0]
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         i, j = np.arange(q_BTNH.shape[1])[:, None], np.arange(k_BSKH.shape[1])[None, :]

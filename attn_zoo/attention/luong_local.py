@@ -142,7 +142,7 @@ class LuongLocal(SlotDecoding):
 
     def plan(self, T, S, masked=False):
         backend = self.backend(masked)
-        return {"backend": backend} if self.options.align == "predictive" else pattern_plan(backend, self.pattern(), T, S)
+        return {"backend": backend} if self.options.align == "predictive" else pattern_plan(backend, self.pattern(), T, S, self.dims)
 
 
 def flops(options: Options, B: int, T: int, S: int, N: int, H: int, causal: bool) -> float:

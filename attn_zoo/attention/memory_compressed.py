@@ -171,7 +171,7 @@ class MemoryCompressed(Attention):
     def plan(self, T, S, masked=False):
         """Densities are of pairs of a query and a slot."""
         slots = num_slots(self.options, S) + self.keeps_first
-        return pattern_plan(self.backend(masked), self.pattern(), T, slots) | {"slots": slots}
+        return pattern_plan(self.backend(masked), self.pattern(), T, slots, self.dims) | {"slots": slots}
 
 
 def flops(options: Options, B: int, T: int, S: int, N: int, H: int, causal: bool) -> float:

@@ -2,9 +2,8 @@
 
 import numpy as np
 
-from attn_zoo.attention.base import Attention, softmax_reference
+from attn_zoo.attention.base import Attention, Dims, softmax_reference
 from attn_zoo.ops import backends
-from attn_zoo.ops.blocked import block_sizes
 from attn_zoo.ops.patterns import Pattern, block_mask, count_pairs
 from attn_zoo.ops.slots import Slots, attend_slots, init_slots, plan_slots, put
 
@@ -57,7 +56,7 @@ class PatternAttention(SlotDecoding):
         return backends.choose(self.dims.backend, self.pattern(1, 1), self.dims.dtype, self.dims.head_dim, masked=masked)
 
     def plan(self, T, S, masked=False):
-        return pattern_plan(self.backend(masked), self.pattern(T, S), T, S)
+        return pattern_plan(self.backend(masked), self.pattern(T, S), T, S, self.dims)
 
 
 def dense_mask(pattern: Pattern, T: int, S: int, valid_BS=None):
@@ -66,13 +65,13 @@ def dense_mask(pattern: Pattern, T: int, S: int, valid_BS=None):
     return mask if valid_BS is None else mask & valid_BS[:, None, None, :]
 
 
-def pattern_plan(backend: str, pattern: Pattern, T: int, S: int) -> dict:
+def pattern_plan(backend: str, pattern: Pattern, T: int, S: int, dims: Dims) -> dict:
     """For the record: the backend, its blocks, and the densities of pairs and of computed blocks."""
     plan = {"backend": backend, "density": count_pairs(pattern, T, S) / (T * S)}
-    if backend == "xla":
-        q_block, k_block = block_sizes(pattern, T, S)
-        mask = block_mask(pattern, T, S, q_block, k_block)
-        plan |= {"q_block": q_block, "k_block": k_block, "computed_density": mask.computed_pairs / (T * S)}
+    blocks = backends.blocks(backend, pattern, T, S, dims.dtype, dims.head_dim)
+    if blocks is not None:
+        computed = block_mask(pattern, T, S, *blocks).computed_pairs
+        plan |= {"q_block": blocks[0], "k_block": blocks[1], "computed_density": computed / (T * S)}
     return plan
 
 

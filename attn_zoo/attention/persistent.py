@@ -17,7 +17,7 @@ from flax import nnx
 
 from attn_zoo.attention.base import Paper, Variant, repeat_kv, softmax_reference
 from attn_zoo.attention.pattern import SlotDecoding, dense_mask, pair_flops
-from attn_zoo.ops.blocked import block_sizes, blocked_attention
+from attn_zoo.ops import backends
 from attn_zoo.ops.merge import merge
 from attn_zoo.ops.patterns import CAUSAL, FULL, count_pairs
 from attn_zoo.spec import check_int
@@ -33,25 +33,27 @@ class Options:
         check_int("slots", self.slots, 0)
 
 
-def persistent_attention(q_BTNH, k_BSKH, v_BSKH, m_NRH, u_NRH, *, valid_BS=None, causal: bool):
+def persistent_attention(q_BTNH, k_BSKH, v_BSKH, m_NRH, u_NRH, *, valid_BS=None, causal: bool, part=backends.attention_and_logsumexp):
     """Attention over the context and the slots (m, u) of each head, [B, T, N, H]."""
-    context = blocked_attention(q_BTNH, k_BSKH, v_BSKH, pattern=CAUSAL if causal else FULL, valid_BS=valid_BS)
-    return with_slots(q_BTNH, context, m_NRH, u_NRH)
+    context = part(q_BTNH, k_BSKH, v_BSKH, pattern=CAUSAL if causal else FULL, valid_BS=valid_BS)
+    return with_slots(q_BTNH, context, m_NRH, u_NRH, part)
 
 
-def with_slots(q_BTNH, context, m_NRH, u_NRH):
+def with_slots(q_BTNH, context, m_NRH, u_NRH, part=backends.attention_and_logsumexp):
     """Attention to the context, (output, logsumexp), merged with that to the slots; zeros where there is no context."""
     o_BTNH, lse_BTN = context
     # The slots are the same for every sequence, so a batch is one long sequence to them: [1, B T, N, H] over [1, R, N, H].
     B, T, N, H = q_BTNH.shape
     m_1RNH, u_1RNH = (x.swapaxes(0, 1)[None].astype(q_BTNH.dtype) for x in (m_NRH, u_NRH))
-    slots, slots_lse = blocked_attention(q_BTNH.reshape(1, B * T, N, H), m_1RNH, u_1RNH, pattern=FULL)
+    slots, slots_lse = part(q_BTNH.reshape(1, B * T, N, H), m_1RNH, u_1RNH, pattern=FULL)
     both_BTNH, _ = merge((o_BTNH, lse_BTN), (slots.reshape(B, T, N, H), slots_lse.reshape(B, T, N)))
     return jnp.where(lse_BTN[..., None] > -jnp.inf, both_BTNH, 0)
 
 
 class Persistent(SlotDecoding):
     """Context and persistent memory in one softmax."""
+
+    has_parts = True
 
     def __init__(self, options: Options, dims, *, shared: dict, rngs: nnx.Rngs):
         super().__init__(options, dims)
@@ -66,8 +68,8 @@ class Persistent(SlotDecoding):
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         if not self.options.slots:
-            return blocked_attention(q_BTNH, k_BSKH, v_BSKH, pattern=CAUSAL if self.dims.causal else FULL, valid_BS=valid_BS)[0]
-        return persistent_attention(q_BTNH, k_BSKH, v_BSKH, *self.memory(), valid_BS=valid_BS, causal=self.dims.causal)
+            return self.part(q_BTNH, k_BSKH, v_BSKH, pattern=CAUSAL if self.dims.causal else FULL, valid_BS=valid_BS)[0]
+        return persistent_attention(q_BTNH, k_BSKH, v_BSKH, *self.memory(), valid_BS=valid_BS, causal=self.dims.causal, part=self.part)
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         B, T, N, _ = q_BTNH.shape
@@ -85,12 +87,13 @@ class Persistent(SlotDecoding):
     def step(self, q_B1NH, k_B1KH, v_B1KH, cache):
         o_B1NH, lse_B1N, cache = self.slot_step(q_B1NH, k_B1KH, v_B1KH, cache)
         if self.options.slots:
-            o_B1NH = with_slots(q_B1NH, (o_B1NH, lse_B1N), *self.memory())
+            o_B1NH = with_slots(q_B1NH, (o_B1NH, lse_B1N), *self.memory(), self.part)
         return o_B1NH.astype(q_B1NH.dtype), cache | {"t": cache["t"] + 1}
 
     def plan(self, T, S, masked=False):
-        q_block, k_block = block_sizes(CAUSAL if self.dims.causal else FULL, T, S)
-        return {"backend": self.backend(masked), "q_block": q_block, "k_block": k_block}
+        backend, d = self.backend(masked), self.dims
+        q_block, k_block = backends.blocks(backend, CAUSAL if d.causal else FULL, T, S, d.dtype, d.head_dim)
+        return {"backend": backend, "q_block": q_block, "k_block": k_block}
 
 
 def flops(options: Options, B: int, T: int, S: int, N: int, H: int, causal: bool) -> float:

@@ -165,7 +165,7 @@ class Poolingformer(Attention):
 
     def plan(self, T, S, masked=False):
         sizes = (S, num_slots(self.options, S))
-        plans = [pattern_plan(self.backend_of(pattern, masked), pattern, T, size) for pattern, size in zip(self.patterns(), sizes)]
+        plans = [pattern_plan(self.backend_of(pattern, masked), pattern, T, size, self.dims) for pattern, size in zip(self.patterns(), sizes)]
         return plans[0] | {"backend": self.backend(masked)} | ({"slots": sizes[1], "second": plans[1]} if self.options.second else {})
 
     def flops(self, B, T, S):

@@ -40,9 +40,9 @@ class Set(Attention):
         self.key_map, self.value_map = identity(), identity()
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
-        first = self.backend(valid_BS is not None)
+        first, second = self.backends(valid_BS is not None)
         h_BRKH = backends.attention(self.queries(k_BSKH), k_BSKH, v_BSKH, pattern=FULL, valid_BS=valid_BS, backend=first)
-        return backends.attention(q_BTNH, *self.project(h_BRKH), pattern=FULL, backend=self.backend())
+        return backends.attention(q_BTNH, *self.project(h_BRKH), pattern=FULL, backend=second)
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         every = jnp.ones((1, 1, 1, 1), bool)
@@ -58,8 +58,12 @@ class Set(Attention):
         turn = lambda m: jnp.einsum("BRKH,KHI->BRKI", h_BRKH, m[...].astype(h_BRKH.dtype), precision="highest")
         return turn(self.key_map), turn(self.value_map)
 
+    def backends(self, masked):
+        """Of the two steps; the points that the second reads are all valid."""
+        return [backends.choose(self.dims.backend, FULL, self.dims.dtype, self.dims.head_dim, masked=m) for m in (masked, False)]
+
     def backend(self, masked=False):
-        return backends.choose(self.dims.backend, FULL, self.dims.dtype, self.dims.head_dim, masked=masked)
+        return " + ".join(dict.fromkeys(self.backends(masked)))
 
     def flops(self, B, T, S):
         d = self.dims

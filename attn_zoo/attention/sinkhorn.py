@@ -24,7 +24,6 @@ from jax import lax
 from attn_zoo.attention.base import Attention, Paper, Variant, softmax_reference
 from attn_zoo.attention.block_local import pattern as own_block
 from attn_zoo.attention.pattern import dense_mask, pair_flops
-from attn_zoo.ops.blocked import blocked_attention
 from attn_zoo.ops.merge import merge
 from attn_zoo.ops.patterns import count_pairs
 from attn_zoo.ops.slots import score_row, softmax_row
@@ -81,6 +80,8 @@ def summaries(k_BCWKH, valid_BCW, causal: bool):
 class Sinkhorn(Attention):
     """Own block and sorted block."""
 
+    has_parts = True
+
     def __init__(self, options: Options, dims, *, shared: dict, rngs: nnx.Rngs):
         super().__init__(options, dims)
         self.block = block_of(options, dims.max_len)
@@ -92,7 +93,7 @@ class Sinkhorn(Attention):
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         T, causal = q_BTNH.shape[1], self.dims.causal
-        own = blocked_attention(q_BTNH, k_BSKH, v_BSKH, pattern=own_block(self.block, T, causal), valid_BS=valid_BS)
+        own = self.part(q_BTNH, k_BSKH, v_BSKH, pattern=own_block(self.block, T, causal), valid_BS=valid_BS)
         if T <= self.block:
             return own[0]  # one block, which would be sorted to itself
         blocks_BCW, valid_BCW = self.cut(valid_BS, *k_BSKH.shape[:2])
@@ -107,7 +108,7 @@ class Sinkhorn(Attention):
         sort = lambda x: jnp.einsum("BKIJ,BJWKH->BIWKH", R_BKCC, x) / jnp.maximum(share_BCWK, LEAST_SHARE)[..., None]
         sorted_k, sorted_v = (flat(sort(x)).astype(k_BSKH.dtype) for x in (k_BCWKH, v_BCWKH))
         sorted_valid = flat(jnp.einsum("BIJ,BJW->BIW", seen_BCC.astype(jnp.float32), valid_BCW.astype(jnp.float32)) > 0)
-        other = blocked_attention(q_BTNH, sorted_k, sorted_v, pattern=own_block(self.block, T, False), valid_BS=sorted_valid)
+        other = self.part(q_BTNH, sorted_k, sorted_v, pattern=own_block(self.block, T, False), valid_BS=sorted_valid)
         return merge(own, other)[0]
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):

@@ -19,7 +19,6 @@ from flax import nnx
 
 from attn_zoo.attention.base import Paper, Variant, repeat_kv
 from attn_zoo.attention.pattern import SlotDecoding, pair_flops, pattern_plan
-from attn_zoo.ops.blocked import blocked_attention
 from attn_zoo.ops.merge import merge
 from attn_zoo.ops.patterns import FULL, Band, Pattern
 from attn_zoo.ops.softmax_mean import softmax_mean
@@ -48,6 +47,8 @@ def ring_pattern(ring: int, T: int, causal: bool) -> tuple[Pattern, int]:
 class Star(SlotDecoding):
     """A ring and a relay."""
 
+    has_parts = True
+
     def __init__(self, options: Options, dims, *, shared: dict, rngs: nnx.Rngs):
         super().__init__(options, dims)
         if options.relay:
@@ -56,7 +57,7 @@ class Star(SlotDecoding):
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         pattern, wrap = ring_pattern(self.options.ring, q_BTNH.shape[1], self.dims.causal)
         round_ring = lambda x: x if x is None or not wrap else jnp.concatenate([x[:, -wrap:], x, x[:, :wrap]], axis=1)
-        ring = blocked_attention(q_BTNH, *map(round_ring, (k_BSKH, v_BSKH)), pattern=pattern, valid_BS=round_ring(valid_BS))
+        ring = self.part(q_BTNH, *map(round_ring, (k_BSKH, v_BSKH)), pattern=pattern, valid_BS=round_ring(valid_BS))
         if not self.options.relay:
             return ring[0]
         q_BTNH, k_BSNH, v_BSNH = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (q_BTNH, *self.heads(k_BSKH, v_BSKH)))
@@ -128,7 +129,7 @@ class Star(SlotDecoding):
 
     def plan(self, T, S, masked=False):
         pattern, wrap = ring_pattern(self.options.ring, T, self.dims.causal)
-        return pattern_plan(self.backend(masked), pattern, T, S + 2 * wrap) | {"density": pairs(self.options, T, self.dims.causal) / (T * S)}
+        return pattern_plan(self.backend(masked), pattern, T, S + 2 * wrap, self.dims) | {"density": pairs(self.options, T, self.dims.causal) / (T * S)}
 
 
 def _softmax(scores):

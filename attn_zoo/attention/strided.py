@@ -15,7 +15,7 @@ import numpy as np
 
 from attn_zoo.attention.base import Paper, Variant, softmax_reference
 from attn_zoo.attention.pattern import SlotDecoding, pair_flops
-from attn_zoo.ops.blocked import block_sizes, blocked_attention
+from attn_zoo.ops import backends
 from attn_zoo.ops.fold import fold, fold_valid, unfold
 from attn_zoo.ops.merge import merge
 from attn_zoo.ops.patterns import CAUSAL, Band, Every, Pattern
@@ -51,19 +51,21 @@ def column_pattern(causal: bool, rows: int = 0) -> Pattern:
     return Band(ahead=-rows - 1) if causal else ~Band(rows, rows)
 
 
-def strided_attention(q_BTNH, k_BSKH, v_BSKH, valid_BS, stride: int, band: int, causal: bool):
+def strided_attention(q_BTNH, k_BSKH, v_BSKH, valid_BS, stride: int, band: int, causal: bool, part=backends.attention_and_logsumexp):
     """Attention over the near band and the columns, [B, T, N, H]."""
     B, T = q_BTNH.shape[:2]
     S = k_BSKH.shape[1]
-    near = blocked_attention(q_BTNH, k_BSKH, v_BSKH, pattern=near_pattern(band, causal), valid_BS=valid_BS)
+    near = part(q_BTNH, k_BSKH, v_BSKH, pattern=near_pattern(band, causal), valid_BS=valid_BS)
     stride = min(stride, max(T, S))  # beyond, a column is one position, and folding would only pad
     folded = (fold(x, stride) for x in (q_BTNH, k_BSKH, v_BSKH))
-    columns = blocked_attention(*folded, pattern=column_pattern(causal, band // stride), valid_BS=fold_valid(valid_BS, B, S, stride))
+    columns = part(*folded, pattern=column_pattern(causal, band // stride), valid_BS=fold_valid(valid_BS, B, S, stride))
     return merge(near, tuple(unfold(x, stride, T) for x in columns))[0]
 
 
 class Strided(SlotDecoding):
     """Near band plus columns."""
+
+    has_parts = True
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -71,7 +73,7 @@ class Strided(SlotDecoding):
         return sizes(self.options, self.dims.max_len)
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
-        return strided_attention(q_BTNH, k_BSKH, v_BSKH, valid_BS, *self.sizes, self.dims.causal)
+        return strided_attention(q_BTNH, k_BSKH, v_BSKH, valid_BS, *self.sizes, self.dims.causal, self.part)
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         stride, band = self.sizes
@@ -94,9 +96,10 @@ class Strided(SlotDecoding):
 
     def plan(self, T, S, masked=False):
         stride, band = self.sizes
-        q_block, k_block = block_sizes(near_pattern(band, self.dims.causal), T, S)
-        density = count_pairs(stride, band, T, S, self.dims.causal) / (T * S)
-        return {"backend": self.backend(masked), "stride": stride, "band": band, "density": density, "q_block": q_block, "k_block": k_block}
+        backend, d = self.backend(masked), self.dims
+        q_block, k_block = backends.blocks(backend, near_pattern(band, d.causal), T, S, d.dtype, d.head_dim)
+        density = count_pairs(stride, band, T, S, d.causal) / (T * S)
+        return {"backend": backend, "stride": stride, "band": band, "density": density, "q_block": q_block, "k_block": k_block}
 
 
 def count_pairs(stride: int, band: int, T: int, S: int, causal: bool) -> int:

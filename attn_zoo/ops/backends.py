@@ -5,12 +5,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from attn_zoo.ops.blocked import blocked_attention
+from attn_zoo.ops import pallas_attention
+from attn_zoo.ops.blocked import ScoreMod, block_sizes, blocked_attention
 from attn_zoo.ops.patterns import Band, Pattern
+from attn_zoo.ops.tuning import tile
 from attn_zoo.spec import UserError, nearest
 
 
-def _cudnn_serves(pattern: Pattern, dtype, head_dim: int, masked: bool, modified: bool) -> bool | str:
+def _cudnn_serves(pattern: Pattern, dtype, head_dim: int, masked: bool, modified: bool, logsumexp: bool) -> bool | str:
     """Whether cuDNN's fused attention computes this, without a dense mask; else the reason why not."""
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16 or float16, not {jnp.dtype(dtype).name}"
@@ -23,6 +25,8 @@ def _cudnn_serves(pattern: Pattern, dtype, head_dim: int, masked: bool, modified
         return "arbitrary key validity would become a dense mask"
     if modified:
         return "it cannot modify scores"
+    if logsumexp:
+        return "it gives no logsumexp that could be differentiated, to merge parts of attention by"
     if not isinstance(pattern, Band) or (pattern.ahead != 0 and pattern != Band()):
         return "it knows full, causal and causal-window patterns only"
     return True
@@ -32,11 +36,26 @@ def _most_head_dim() -> int:
     """Of cuDNN's fused attention on this GPU: 256 from compute capability 9.0 on, 128 from 8.0 on, else 0. On other machines 256, to lower for one."""
     if jax.default_backend() != "gpu":
         return 256
-    try:
-        capability = float(jax.devices()[0].compute_capability)
-    except (AttributeError, ValueError):  # not NVIDIA's
-        return 0
+    capability = _compute_capability()
     return 256 if capability >= 9 else 128 if capability >= 8 else 0
+
+
+def _compute_capability() -> float:
+    """Of the GPU, if it is NVIDIA's, else 0."""
+    try:
+        return float(jax.devices()[0].compute_capability)
+    except (AttributeError, ValueError):
+        return 0.0
+
+
+def _pallas_serves(pattern: Pattern, dtype, head_dim: int, modified: ScoreMod | bool) -> bool | str:
+    """Whether the Pallas kernels compute this on this machine; else the reason why not."""
+    if not pallas_attention.INTERPRET:
+        if jax.default_backend() != "gpu":
+            return f"its kernels are for NVIDIA GPUs, and this runs on {jax.default_backend()}"
+        if _compute_capability() < 8:
+            return "its kernels need an NVIDIA GPU of compute capability 8.0 or more"
+    return pallas_attention.serves(pattern, dtype, head_dim, modified if isinstance(modified, ScoreMod) else None)
 
 
 def _cudnn(q_BTNH, k_BSKH, v_BSKH, *, pattern, valid_BS, score_mod, scale):
@@ -47,14 +66,11 @@ def _cudnn(q_BTNH, k_BSKH, v_BSKH, *, pattern, valid_BS, score_mod, scale):
     o_BTNH = jax.nn.dot_product_attention(
         q_BTNH[:, :rows], k_BSKH, v_BSKH, scale=scale, is_causal=pattern.ahead == 0, local_window_size=window, implementation="cudnn"
     )
-    return jnp.pad(o_BTNH, ((0, 0), (0, T - rows), (0, 0), (0, 0)))
+    return jnp.pad(o_BTNH, ((0, 0), (0, T - rows), (0, 0), (0, 0))), None
 
 
-def _xla(q_BTNH, k_BSKH, v_BSKH, *, pattern, valid_BS, score_mod, scale):
-    return blocked_attention(q_BTNH, k_BSKH, v_BSKH, pattern=pattern, valid_BS=valid_BS, score_mod=score_mod, scale=scale)[0]
-
-
-RUN: dict[str, Callable] = {"xla": _xla, "cudnn": _cudnn}
+# (q, k, v, pattern, valid_BS, score_mod, scale) -> (output, logsumexp)
+RUN: dict[str, Callable] = {"xla": blocked_attention, "cudnn": _cudnn, "pallas": pallas_attention.pallas_attention}
 BACKENDS = ("auto", *RUN)
 
 
@@ -64,18 +80,49 @@ def check_backend(backend: str) -> None:
         raise UserError(f"attention.backend={backend!r}: must be one of {', '.join(BACKENDS)}; {nearest(backend, BACKENDS)}")
 
 
-def choose(backend: str, pattern: Pattern, dtype, head_dim: int, *, masked: bool = False, modified: bool = False) -> str:
-    """The backend that runs: 'auto' takes cuDNN on a GPU where it serves, else XLA. Raises UserError if a forced one cannot serve."""
+def choose(
+    backend: str, pattern: Pattern, dtype, head_dim: int, *, masked: bool = False, modified: ScoreMod | bool = False, logsumexp: bool = False
+) -> str:
+    """The backend that runs: 'auto' takes, on a GPU, cuDNN where it serves, then the Pallas kernels, else XLA. Raises UserError if a forced one cannot serve.
+
+    modified: the score modification, or True for one whose parameters are one float a head; logsumexp: whether that is needed too.
+    """
     check_backend(backend)
-    if backend == "xla":
+    if backend == "xla" or (backend == "auto" and jax.default_backend() != "gpu"):
         return "xla"
-    serves = _cudnn_serves(pattern, dtype, head_dim, masked, modified)
-    if backend == "cudnn" and serves is not True:
-        raise UserError(f"attention.backend='cudnn' cannot serve here: {serves}; use auto or xla")
-    return "cudnn" if serves is True and (backend == "cudnn" or jax.default_backend() == "gpu") else "xla"
+    serve = {
+        "cudnn": lambda: _cudnn_serves(pattern, dtype, head_dim, masked, bool(modified), logsumexp),
+        "pallas": lambda: _pallas_serves(pattern, dtype, head_dim, modified),
+    }
+    if backend == "auto":
+        return next((name for name, serves in serve.items() if serves() is True), "xla")
+    reason = serve[backend]()
+    if reason is not True:
+        raise UserError(f"attention.backend={backend!r} cannot serve here: {reason}; use auto or xla")
+    return backend
 
 
 def attention(q_BTNH, k_BSKH, v_BSKH, *, pattern: Pattern, valid_BS=None, score_mod=None, scale=None, backend: str = "auto"):
     """Softmax attention over the pairs of `pattern`, [B, T, N, H], on the backend that `choose` names. See ops.blocked."""
-    name = choose(backend, pattern, q_BTNH.dtype, q_BTNH.shape[-1], masked=valid_BS is not None, modified=score_mod is not None)
-    return RUN[name](q_BTNH, k_BSKH, v_BSKH, pattern=pattern, valid_BS=valid_BS, score_mod=score_mod, scale=scale)
+    return _run(backend, False, q_BTNH, k_BSKH, v_BSKH, pattern=pattern, valid_BS=valid_BS, score_mod=score_mod, scale=scale)[0]
+
+
+def attention_and_logsumexp(q_BTNH, k_BSKH, v_BSKH, *, pattern: Pattern, valid_BS=None, score_mod=None, scale=None, backend: str = "auto"):
+    """(output, float32 logsumexp [B, T, N]), both differentiable: a part of attention, to be merged with others. See ops.blocked."""
+    return _run(backend, True, q_BTNH, k_BSKH, v_BSKH, pattern=pattern, valid_BS=valid_BS, score_mod=score_mod, scale=scale)
+
+
+def _run(backend, logsumexp, q_BTNH, k_BSKH, v_BSKH, **arguments):
+    masked, modified = arguments["valid_BS"] is not None, arguments["score_mod"] or False
+    name = choose(backend, arguments["pattern"], q_BTNH.dtype, q_BTNH.shape[-1], masked=masked, modified=modified, logsumexp=logsumexp)
+    return RUN[name](q_BTNH, k_BSKH, v_BSKH, **arguments)
+
+
+def blocks(backend: str, pattern: Pattern, T: int, S: int, dtype, head_dim: int) -> tuple[int, int] | None:
+    """(query block, key block) that the backend's forward pass takes; None for cuDNN, which does not say."""
+    if backend == "cudnn":
+        return None
+    if backend == "xla":
+        return block_sizes(pattern, T, S)
+    forward = tile("forward", pattern, T, S, dtype, head_dim)
+    return forward.q_block, forward.k_block

@@ -26,7 +26,8 @@ class ScoreMod:
     """A differentiable change of the scaled scores, and the per-head arrays it depends on.
 
     fn(scores, i, j, params) -> scores, with scores [..., q, k], i [q, 1], j [1, k] positions, and every leaf of params, given here
-    with a leading head axis [N, ...], arriving with axes that broadcast against the scores. Must be elementwise in the scores.
+    with a leading head axis [N, ...], arriving with axes that broadcast against the scores. Must be elementwise in scores, i and j, since
+    a backend may turn the tile: [k, q], with i [1, q] and j [k, 1].
     """
 
     fn: Callable[[Array, Array, Array, Any], Array]

@@ -144,19 +144,20 @@ class BlockTable(Pattern):
 
     def _rows(self, I):
         if isinstance(I, jax.Array):
-            return jnp.asarray(_table_array(self))[jnp.minimum(I, len(self.table) - 1)]
-        return _table_array(self)[np.minimum(I, len(self.table) - 1)]
+            return jnp.asarray(table_rows(self))[jnp.minimum(I, len(self.table) - 1)]
+        return table_rows(self)[np.minimum(I, len(self.table) - 1)]
 
 
 @functools.lru_cache(maxsize=64)
-def _table_array(pattern: BlockTable) -> np.ndarray:
-    width = max(map(len, pattern.table))
+def table_rows(pattern: BlockTable) -> np.ndarray:
+    """The table as an array [rows, width], int32, short rows filled up with -1; at least one column."""
+    width = max(1, *map(len, pattern.table))
     return np.array([tuple(row) + (-1,) * (width - len(row)) for row in pattern.table], np.int32).reshape(len(pattern.table), width)
 
 
 @functools.lru_cache(maxsize=64)
 def _table_dense(pattern: BlockTable) -> np.ndarray:
-    rows = _table_array(pattern)
+    rows = table_rows(pattern)
     seen = np.zeros((len(rows), max(int(rows.max(initial=0)) + 1, 1) + 1), np.int64)  # a last column for blocks no row lists
     I, r = np.nonzero(rows >= 0)
     seen[I, rows[I, r]] = 1

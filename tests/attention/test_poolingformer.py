@@ -81,12 +81,12 @@ def test_the_levels_are_added():
 
 def test_each_level_has_the_backend_that_serves_it(monkeypatch):
     """cuDNN knows the causal window, and not the slots."""
-    monkeypatch.setattr(backends, "_most_head_dim", lambda: 256)
+    monkeypatch.setattr(backends, "_compute_capability", lambda: 9.0)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     attention = make_attention("poolingformer", num_heads=2, head_dim=64, max_len=1024, causal=True, dtype=jnp.bfloat16)
     plan = attention.plan(1024, 1024)
-    assert attention.backend() == plan["backend"] == "cudnn + xla" and plan["second"]["backend"] == "xla"
-    assert attention.backend(masked=True) == "xla"
+    assert attention.backend() == plan["backend"] == "cudnn + pallas" and plan["second"]["backend"] == "pallas"
+    assert attention.backend(masked=True) == "pallas"
     forced = make_attention("poolingformer", num_heads=2, head_dim=64, max_len=1024, causal=True, dtype=jnp.bfloat16, backend="cudnn")
     with pytest.raises(UserError, match="cudnn' cannot serve here"):
         forced.backend()

@@ -1,5 +1,6 @@
 """Which backend runs, why one is refused, and that all of them lower for the accelerators they are for."""
 
+import dataclasses
 import re
 import types
 
@@ -11,7 +12,8 @@ import pytest
 from attn_zoo import VARIANTS, make_attention
 from attn_zoo.ops import backends
 from attn_zoo.ops.backends import attention, choose
-from attn_zoo.ops.patterns import CAUSAL, FULL, Band, Prefix
+from attn_zoo.ops.blocked import ScoreMod
+from attn_zoo.ops.patterns import CAUSAL, FULL, Band, Pattern, Prefix
 from attn_zoo.spec import UserError
 
 SHAPES = {dtype: [jax.ShapeDtypeStruct((2, 48, heads, 16), dtype) for heads in (4, 2, 2)] for dtype in (jnp.float32, jnp.bfloat16)}
@@ -86,17 +88,58 @@ def test_queries_beyond_the_last_window_are_left_out_of_cudnn(gpu, monkeypatch):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused_with_the_reason_when_forced_and_xla_otherwise(name, gpu):
+def test_refused_with_the_reason_when_forced_and_the_kernels_otherwise(name, gpu):
     *case, masked, modified, reason = REFUSED[name]
     with pytest.raises(UserError, match=f"attention.backend='cudnn' cannot serve here: .*{reason}.*; use auto or xla"):
         choose("cudnn", *case, masked=masked, modified=modified)
-    for backend in ("auto", "xla"):
-        assert choose(backend, *case, masked=masked, modified=modified) == "xla"
+    assert choose("xla", *case, masked=masked, modified=modified) == "xla"
+    assert choose("auto", *case, masked=masked, modified=modified) == ("pallas" if case[2] <= 256 else "xla")
+
+
+@dataclasses.dataclass(frozen=True)
+class Listed(Pattern):
+    """A mask that looks something up."""
+
+    def mask(self, i, j):
+        return jnp.arange(64)[i] >= j
+
+
+PLATFORMS = [("cpu", "9.0", "xla"), ("tpu", "9.0", "xla"), ("gpu", "7.5", "xla"), ("gpu", "gfx90a", "xla"), ("gpu", "8.0", "pallas")]
+
+
+@pytest.mark.parametrize("platform, capability, expected", PLATFORMS)
+def test_pallas_is_for_nvidia_gpus(platform, capability, expected, monkeypatch):
+    pretend(monkeypatch, platform, compute_capability=capability)
+    assert choose("auto", Band(8, 8), jnp.bfloat16, 64) == expected
+    if expected == "pallas":
+        assert choose("pallas", Band(8, 8), jnp.bfloat16, 64) == "pallas"
+        return
+    with pytest.raises(UserError, match="attention.backend='pallas' cannot serve here: its kernels .* NVIDIA GPU.*; use auto or xla"):
+        choose("pallas", Band(8, 8), jnp.bfloat16, 64)
+
+
+def test_what_the_kernels_cannot_do_is_left_to_xla(gpu):
+    two_slopes = ScoreMod(lambda scores, i, j, slopes: scores - slopes[..., 0] * abs(i - j), jnp.ones((4, 2)))
+    for case, modified, reason in (
+        ((Listed(), jnp.bfloat16, 64), False, "mask uses gather"),
+        ((FULL, jnp.bfloat16, 512), False, "at most 256, not 512"),
+        ((FULL, jnp.int8, 64), False, "bfloat16, float16 or float32, not int8"),
+        ((FULL, jnp.bfloat16, 64), two_slopes, "one float a head"),
+    ):
+        assert choose("auto", *case, masked=True, modified=modified) == "xla"
+        with pytest.raises(UserError, match=f"attention.backend='pallas' cannot serve here: .*{reason}.*; use auto or xla"):
+            choose("pallas", *case, modified=modified)
+
+
+def test_parts_that_are_merged_run_where_there_is_a_logsumexp(gpu):
+    assert choose("auto", FULL, jnp.bfloat16, 64) == "cudnn" and choose("auto", FULL, jnp.bfloat16, 64, logsumexp=True) == "pallas"
+    strided = layer("strided", backend="auto")
+    assert strided.plan(48, 48)["backend"] == strided.backend() == "pallas"
 
 
 @pytest.mark.parametrize("make", [lambda b: choose(b, FULL, jnp.bfloat16, 64), lambda b: layer("strided", backend=b)], ids=["choose", "make_attention"])
 def test_an_unknown_backend_names_the_nearest(make):
-    with pytest.raises(UserError, match="attention.backend='cudn': must be one of auto, xla, cudnn; did you mean 'cudnn'"):
+    with pytest.raises(UserError, match="attention.backend='cudn': must be one of auto, xla, cudnn, pallas; did you mean 'cudnn'"):
         make("cudn")
 
 
@@ -119,19 +162,19 @@ def ran(monkeypatch):
     """The names of the backends that run, in order."""
     names = []
     for name in backends.RUN:
-        monkeypatch.setitem(backends.RUN, name, lambda q, *args, name=name, **kwargs: names.append(name) or q)
+        monkeypatch.setitem(backends.RUN, name, lambda q, *args, name=name, **kwargs: names.append(name) or (q, None))
     return names
 
 
 AUTO = {  # spec, causal, dtype, masked, what runs on a GPU
     "full": ("full", False, jnp.bfloat16, False, "cudnn"),
     "full-causal": ("full", True, jnp.bfloat16, False, "cudnn"),
-    "full-masked": ("full", True, jnp.bfloat16, True, "xla"),
-    "full-f32": ("full", True, jnp.float32, False, "xla"),
+    "full-masked": ("full", True, jnp.bfloat16, True, "pallas"),
+    "full-f32": ("full", True, jnp.float32, False, "pallas"),
     "local-causal": ("local(window=8)", True, jnp.bfloat16, False, "cudnn"),
-    "local-bidirectional": ("local(window=8)", False, jnp.bfloat16, False, "xla"),
-    "block": ("block(block=8)", True, jnp.bfloat16, False, "xla"),
-    "adaptive_span": ("adaptive_span", True, jnp.bfloat16, False, "xla"),
+    "local-bidirectional": ("local(window=8)", False, jnp.bfloat16, False, "pallas"),
+    "block": ("block(block=8)", True, jnp.bfloat16, False, "pallas"),
+    "adaptive_span": ("adaptive_span", True, jnp.bfloat16, False, "pallas"),
     "linformer-masked": ("linformer(rank=8)", False, jnp.bfloat16, True, "cudnn"),  # its slots are all valid
 }
 
