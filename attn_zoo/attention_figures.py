@@ -58,11 +58,13 @@ def matrices(panels: Sequence[Panel], rows: Sequence[str], columns: Sequence[str
     T, S = panels[0].weights_TS.shape
     labelled = max(T, S) <= (LABELLED_ALONE if len(panels) == 1 else LABELLED)
     rows, columns = ([visible(token) for token in tokens] for tokens in (rows, columns))
-    width, height = (CELL * S, CELL * T) if labelled else (PANEL, PANEL * T / S if T < S else PANEL)
     left = LETTER * max(map(len, rows)) + 0.12 if labelled else 0.3
+    # One panel of a few tokens takes the column; several stand close.
+    cell = CELL if len(panels) > 1 else min(max(CELL, (COLUMN - left - 0.12) / S), 2 * CELL)
+    width, height = (cell * S, cell * T) if labelled else (PANEL, PANEL * T / S if T < S else PANEL)
     upright = labelled and max(map(len, columns)) > 1
     bottom = (LETTER * max(map(len, columns)) if upright else CELL) + 0.1 if labelled else 0.25
-    gap, above = 0.12, 0.17
+    gap, above = 0.12, 0.17 if any(panel.title for panel in panels) else 0.0
     across = max(n for n in range(1, across + 1) if across % n == 0 and (n == 1 or left + n * (width + gap) <= PAGE + 0.2))
     down = math.ceil(len(panels) / across)
     total = max(COLUMN, left + across * (width + gap))
@@ -73,7 +75,7 @@ def matrices(panels: Sequence[Panel], rows: Sequence[str], columns: Sequence[str
     shades = f"red {-reach:.2g}, white 0, blue {reach:.2g}" if signed else f"white 0, black {reach:.2g}"
     heading = wrapped(f"{title}; {shades}", total)
     notes = [] if labelled else listing(rows, total)
-    top, below = len(heading) * 1.35 * FONT / 72 + 0.05, bottom + len(notes) * 1.35 * SMALL / 72 + (0.1 if notes else 0.0)
+    top, below = len(heading) * 1.35 * FONT / 72 + 0.1, bottom + len(notes) * 1.35 * SMALL / 72 + (0.1 if notes else 0.0)
     figure = canvas(total, top + down * (above + height) + below)
     for n, panel in enumerate(panels):
         r, c = divmod(n, across)

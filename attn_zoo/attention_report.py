@@ -23,7 +23,7 @@ from attn_zoo.tasks import Example, Task, load_task
 EXAMPLES = 3  # of validation
 CANDIDATES = 64  # among which those are looked for whose characters a figure can draw
 POSITIONS = 64  # of self-attention
-WORDS = {"cross": "attention to the source; down, what is said; across, what is read", "decoder": "self-attention of the decoder", "encoder": "self-attention of the encoder"}
+WORDS = {"cross": "attention to the source", "decoder": "self-attention of the decoder", "encoder": "self-attention of the encoder"}
 
 
 def write_patterns(folder: str | os.PathLike) -> list[Path]:
@@ -93,7 +93,8 @@ def draw(task: Task, example: Example, place: str, panels: list[Panel], title: s
     if place != "cross":
         rows, columns = rows[:POSITIONS], columns[:POSITIONS]
     cut = [Panel(panel.title, panel.weights_TS[: len(rows), : len(columns)]) for panel in panels]
-    return attention_figures.matrices(cut, rows, columns, title=title, across=across)
+    sides = "what is said" if place == "cross" else "queries", "what is read" if place == "cross" else "keys"
+    return attention_figures.matrices(cut, rows, columns, title=f"{title}; down, {sides[0]}; across, {sides[1]}", across=across)
 
 
 def look_at(model: Any, task: Task, chosen: list[Example]) -> dict[str, list[jax.Array]]:
