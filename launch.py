@@ -34,8 +34,8 @@ REPORT_ONLY = flags.DEFINE_bool("report_only", False, "Make tables and figures a
 PLOT_ATTENTION = flags.DEFINE_string(
     "plot_attention",
     None,
-    "Draw what the trained models of a sweep look at: of this workdir, into its folder attention, of each variant and length the first seed whose parameters were kept. "
-    "Or `patterns`: what sees what in the sparse variants of the zoo, into --workdir or docs.",
+    "Draw what the trained models of a sweep look at: of this workdir, into its folder attention, of each variant and length the first "
+    "seed whose parameters were kept. Or `patterns`: what sees what in the sparse variants of the zoo, into --workdir or docs.",
 )
 
 

@@ -54,7 +54,7 @@ def visible(label: str) -> str:
 
 
 def matrices(panels: Sequence[Panel], rows: Sequence[str], columns: Sequence[str], *, title: str, across: int) -> Figure:
-    """Panels of one size, `across` of them side by side where they fit, else a divisor of it; tokens as labels, or, of long sequences, numbers and the text below."""
+    """Panels of one size, `across` of them side by side where they fit, else a divisor of it; tokens as labels, or, of long ones, positions and a list."""
     T, S = panels[0].weights_TS.shape
     labelled = max(T, S) <= (LABELLED_ALONE if len(panels) == 1 else LABELLED)
     rows, columns = ([visible(token) for token in tokens] for tokens in (rows, columns))

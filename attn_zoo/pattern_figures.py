@@ -1,7 +1,8 @@
 """A picture of the sparse variants of the zoo: what sees what, query down and key across.
 
 What depends on positions alone is shown where all scores are equal: the weight of a pair is then the pattern, spans and relays included. It is found without a
-T x S array of weights, by values that tell their block: the output at t is how its weight is spread over blocks. What depends on content is shown on random queries and keys.
+T x S array of weights, by values that tell their block: the output at t is how its weight is spread over blocks. What depends on content is shown on
+random queries and keys.
 """
 
 import jax
@@ -77,10 +78,12 @@ def patterns() -> Figure:
     across, side, gap, margin = 3, 1.06, 0.08, 0.08
     pair, row = (PAGE - 2 * margin) / across, 0.17 + side + 0.24
     texts = (
-        f"What sees what, by position: query down, key across, not causal. Left {ELEMENTS} positions; right {LONG:,} positions at the default options, in blocks of {BLOCK}. "
-        "The darker, the greater the weight, relative to the largest of its row, where all scores are equal; a block that is white holds no pair. Pairs: useful "
-        "work as a share of that of full attention; computed: where blocks are computed in place, the share of pairs in them. The others fold or gather what they need.",
-        f"By content, {ELEMENTS} positions: actual weights, relative to the largest of the picture, on one draw of random queries and keys. Others give another picture.",
+        f"What sees what, by position: query down, key across, not causal. Left {ELEMENTS} positions; right {LONG:,} positions at the default options, in "
+        f"blocks of {BLOCK}. The darker, the greater the weight, relative to the largest of its row, where all scores are equal; a block that is "
+        "white holds no pair. Pairs: useful work as a share of that of full attention; computed: where blocks are computed in place, the share of pairs in them. "
+        "The others fold or gather what they need.",
+        f"By content, {ELEMENTS} positions: actual weights, relative to the largest of the picture, on one draw of random queries and keys. "
+        "Others give another picture.",
     )
     notes = [wrapped(text, PAGE) for text in texts]
     space = [len(lines) * 1.35 * FONT / 72 + 0.12 for lines in notes]

@@ -143,6 +143,22 @@ def test_what_is_useful_and_computed_is_that_of_the_plan():
     assert pattern_figures.densities("random", 2048) == "pairs 1.6 %"
 
 
+@pytest.mark.parametrize(
+    "spec, T, labels",
+    [
+        ("bytes(objective='masked')", 8, {97: "a", 10: "\n", 256: "MASK"}),
+        ("listops(form='short')", 128, {0: "[PAD]", 1: "[CLS]", 2: "0"}),
+        ("dates", 12, {0: "PAD", 1: "BEGIN", 2: "END", 3: "0"}),
+        (REVERSE, 7, {1: "BEGIN", 3: "0", 28: "25"}),
+        (SHAPES, 5, {2: "END", 3: "a"}),
+        ("mqar", 32, {7: "7"}),
+    ],
+    ids=lambda x: x.partition("(")[0] if isinstance(x, str) else "",
+)
+def test_tasks_name_their_tokens(spec, T, labels):
+    assert {id: load_task(spec, T, "").label(id) for id in labels} == labels
+
+
 def keep(workdir, a_cell, scale=1.0, **record):
     """Leaves what a cell that ended well leaves: its record, and its parameters, here its first ones times `scale`."""
     model = train.Model(a_cell, load_task(a_cell.task, a_cell.seq_len, ""))
@@ -182,11 +198,11 @@ def test_what_is_drawn_are_the_weights_of_the_kept_parameters(tmp_path):
     task = load_task(REVERSE, 7, data)
     model = train.Model(a_cell, task)
     params, rest = model.init()
-    bound = {scale: model.bind(jax.tree.map(lambda x: scale * x, params), rest) for scale in (1.0, 3.0)}
+    align = jax.jit(lambda params, inputs, source, source_valid: model.bind(params, rest).alignments(inputs, source=source, source_valid=source_valid)[0])
 
     def alignments(scale, example):
-        inputs, source, source_valid = (jnp.asarray(example[name][None]) for name in ("inputs", "source", "source_valid"))
-        weights_TS = np.asarray(bound[scale].alignments(inputs, source=source, source_valid=source_valid))[0]
+        scaled = jax.tree.map(lambda x: scale * x, params)
+        weights_TS = np.asarray(align(scaled, *(jnp.asarray(example[name][None]) for name in ("inputs", "source", "source_valid"))))
         return weights_TS[example["valid"]][:, example["source_valid"]]
 
     for figure, example in zip(figures, attention_report.examples(task, 3), strict=True):

@@ -31,13 +31,11 @@ experiment = Experiment(
     measure=Measure(modes=("train_step",), min_steps=2, min_seconds=0.0),
 )
 """
-# As a sitecustomize module: a cell after the first waits for as long as `hold` is there, so that it still runs whenever the interrupt comes.
-GATE = """
-import sys, time
-from pathlib import Path
-
-while "attn_zoo.cell" in sys.orig_argv and Path("hold").exists() and any(Path("results/tiny/records").glob("*.json")):
-    time.sleep(0.01)
+# Starts Python with an interrupt that is heard: in the background a shell starts what it starts with SIGINT ignored, and all its children inherit that.
+HEARING = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 """
 
 
@@ -83,14 +81,10 @@ def swept(home):
     """A sweep of two cells, stopped by Ctrl-C in the second and started again: what both runs said, and left."""
 
     def start():
-        command = [sys.executable, str(ROOT / "launch.py"), "--config=tiny.py"]
+        command = [sys.executable, "-c", HEARING, str(ROOT / "launch.py"), "--config=tiny.py"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        paths = [str(home / "gate"), *filter(None, [ENV.get("PYTHONPATH")])]
-        return subprocess.Popen(command, cwd=home, env=ENV | {"PYTHONPATH": os.pathsep.join(paths)}, start_new_session=True, **pipes)
+        return subprocess.Popen(command, cwd=home, env=ENV, start_new_session=True, **pipes)
 
-    (home / "gate").mkdir()
-    (home / "gate" / "sitecustomize.py").write_text(GATE)
-    (home / "hold").touch()
     first = start()
     lines = []
     for line in first.stdout:
@@ -105,7 +99,6 @@ def swept(home):
     stopped = types.SimpleNamespace(lines=lines + out.splitlines(), err=err, status=first.returncode, children=children)
     left = {path.name: path.read_bytes() for path in (home / "results" / "tiny" / "records").iterdir()}
 
-    (home / "hold").unlink()
     second = start()
     out, err = second.communicate(timeout=120)
     resumed = types.SimpleNamespace(out=out, err=err, status=second.returncode)

@@ -1,10 +1,10 @@
 """What an attention weighs, whatever the variant: how its outputs change with its values.
 
 Softmax attention is o_t = sum_s w_ts v_s, so w_ts = d o_t / d v_s; and so for every variant whose outputs are linear in the values, each channel by itself,
-however it finds the weights, and whether or not it ever makes them: the derivative is taken of the fast form, at the actual values. Where a variant adds what is not of
-these values (persistent), its weights sum to less than one. Where channels mix (memory_compressed, whose compression is a convolution) it is the change of the mean
-channel of the output as all channels of a value grow alike. Where outputs are not linear in the values (retention, whose norm divides by them; set, which scores
-what its points have read) it is a derivative and no weight: it may be negative, and with the values it does not make the output.
+however it finds the weights, and whether or not it ever makes them: the derivative is taken of the fast form, at the actual values. Where a variant adds
+what is not of these values (persistent), its weights sum to less than one. Where channels mix (memory_compressed, whose compression is a convolution) it is
+the change of the mean channel of the output as all channels of a value grow alike. Where outputs are not linear in the values (retention, whose norm divides
+by them; set, which scores what its points have read) it is a derivative and no weight: it may be negative, and with the values it does not make the output.
 """
 
 import jax

@@ -32,7 +32,7 @@ def look(
     valid_BT: Bool[Array, "B T"] | None = None,
     rows: int | None = None,
 ) -> dict[str, list[Float[Array, "B N _ _"]]]:
-    """The weights of each layer by place, in evaluation: 'cross' (from a decoder to its source), 'decoder' and 'encoder' (self-attention); {} where there is none.
+    """The weights of each layer by place, in evaluation: 'cross' (from decoder to source), 'decoder' and 'encoder' (self-attention); {} where there is none.
 
     Of a recurrent model its one alignment, as the one head of one layer of 'cross'. Only for the first `rows` queries, if given. The model should not be built
     with remat, nor for a backend other than xla, whose gradients can be taken many at a time.

@@ -3,8 +3,8 @@
 The document and the query are each read by recurrent networks of both directions, from one table of embeddings: d_i and q_t. `attention_over_attention`
 (Cui et al. 2017, sec. 3.1): M_it = d_i . q_t (eq. 5); alpha(t) = softmax of M over the document (eq. 6), beta(i) = softmax of M over the query (eq. 8), beta its
 mean over the document's words (eq. 9), and s = alpha beta (eq. 10). `attention_sum` (Kadlec et al. 2016, sec. 4) has one vector g of the query, its last states, and s =
-softmax of d_i . g. In both P(w) is the sum of s over the places where w stands, and the loss -log P(answer). `none` does not look at the document: P(w) is a softmax
-of e_w . g over embeddings e.
+softmax of d_i . g. In both P(w) is the sum of s over the places where w stands, and the loss -log P(answer). `none` does not look at the document, as the
+query-only model of Hill et al. 2016: P(w) is a softmax of e_w . g over embeddings e.
 
 All choose among the candidates that the task offers, as its floors do: where others stand, s counts for nothing and P is of the rest. Departures: the cells
 and sizes are the config's; the re-ranking of the n best by language models (Cui et al., sec. 3.2), a step after the network, is left out.
@@ -46,9 +46,16 @@ _KADLEC = Paper(
     2016,
     "Proceedings of the 54th Annual Meeting of the Association for Computational Linguistics",
 )
+_HILL = Paper(
+    "hill2016goldilocks",
+    "The {G}oldilocks Principle: Reading Children's Books with Explicit Memory Representations",
+    "Hill, Felix and Bordes, Antoine and Chopra, Sumit and Weston, Jason",
+    2016,
+    "International Conference on Learning Representations",
+)
 
 READERS: dict[str, ReaderVariant] = {
-    "none": ReaderVariant("none", _KADLEC),
+    "none": ReaderVariant("none", _HILL),
     "attention_sum": ReaderVariant("attention_sum", _KADLEC),
     "attention_over_attention": ReaderVariant("attention_over_attention", VARIANTS["attention_over_attention"].paper),
 }
