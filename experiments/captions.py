@@ -19,4 +19,5 @@ experiment = Experiment(
     train=Train(steps=1000, tokens_per_step=64 * 19, lr=2e-3, warmup=100, log_every=20, eval_tokens=1000 * 19),
     measure=Measure(modes=()),
     timeout_s=1800,
+    keep_parameters=True,  # for --plot_attention
 )

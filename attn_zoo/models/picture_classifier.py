@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Key
 from attn_zoo import config
 from attn_zoo.attention import VARIANTS, Attention
 from attn_zoo.attention.base import Paper
-from attn_zoo.models.layers import EMBEDDING_STD, NORMS, normal
+from attn_zoo.models.layers import NORMS, normal
 from attn_zoo.models.pictures import ConvolutionNet, cells_of
 from attn_zoo.spec import Spec, check, check_int
 
@@ -70,7 +70,7 @@ class PictureClassifier(nnx.Module):
         self.config, self.max_len, self.num_outputs = model, max_len, num_outputs
         self.per_token = False
         # The readout first, so that it and the stages start the same whatever the variant.
-        self.readout = normal(rngs.params(), (channels[-1], num_outputs), EMBEDDING_STD)
+        self.readout = normal(rngs.params(), (channels[-1], num_outputs), channels[-1] ** -0.5)
         self.net = ConvolutionNet(
             image_shape,
             channels=channels,
