@@ -1,6 +1,5 @@
 """What the trained models of a sweep look at, drawn from the parameters that it kept, and a picture of the zoo's patterns."""
 
-import dataclasses
 import itertools
 import os
 from collections.abc import Iterator
@@ -12,13 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from attn_zoo import attention_figures, config, pattern_figures, train
+from attn_zoo import attention_figures, pattern_figures
 from attn_zoo.attention_figures import Panel
 from attn_zoo.models.looking import look
-from attn_zoo.parameters import load_parameters, parameters_path
-from attn_zoo.results import load_records
 from attn_zoo.spec import UserError
-from attn_zoo.tasks import Example, Task, load_task
+from attn_zoo.tasks import Example, Task
+from attn_zoo.trained import kept, load_trained
 
 EXAMPLES = 3  # of validation
 CANDIDATES = 64  # among which those are looked for whose characters a figure can draw
@@ -36,14 +34,12 @@ def write_attention(workdir: str | os.PathLike, data_dir: str) -> list[str]:
 
     Raises UserError where there are no records, no parameters, or no attention.
     """
-    records = load_records(workdir)
-    if not records:
-        raise UserError(f"--plot_attention={workdir}: there are no records; give the workdir of a sweep, e.g. results/dates, or patterns")
-    kept = [r for r in records if r["status"] == "ok" and parameters_path(workdir, r["id"]).exists()]
-    if not kept:
-        raise UserError(f"--plot_attention={workdir}: no cell kept its parameters; run the sweep again with --set keep_parameters=True")
+    try:
+        records = kept(workdir)
+    except UserError as e:
+        raise UserError(f"--plot_attention={e}") from None
     lines, learned = [], {}
-    for record in {(r["cell"]["variant"], r["cell"]["seq_len"]): r for r in reversed(kept)}.values():
+    for record in {(r["cell"]["variant"], r["cell"]["seq_len"]): r for r in reversed(records)}.values():
         title = f"{record['cell']['variant']}, T = {record['cell']['seq_len']:,}, seed {record['cell']['seed']}"
         for name, what, figure in cell_figures(workdir, record, data_dir, title):
             (png, _) = _save(figure, Path(workdir, "attention"), f"{record['id']}_{name}")
@@ -60,17 +56,10 @@ def write_attention(workdir: str | os.PathLike, data_dir: str) -> list[str]:
 
 def cell_figures(workdir: str | os.PathLike, record: dict[str, Any], data_dir: str, title: str) -> Iterator[tuple[str, str, Figure]]:
     """(name, what it shows, figure) of a cell: of some examples what the source is read for, and of the first the self-attention."""
-    cell = config.Cell.from_json(record["cell"])
-    # The same function, in the form whose derivative can be taken: nothing recomputed, by the backend that serves everything.
-    plain = dataclasses.replace(cell, model=dataclasses.replace(cell.model, remat=False), attention=config.Attention(backend="xla"))
-    task = load_task(cell.task, cell.seq_len, data_dir)
-    model = train.Model(plain, task)
-    params, rest = load_parameters(workdir, record["id"], *jax.eval_shape(model.init))
-    model.specialize(params, rest)
+    model, task = load_trained(workdir, record["id"], data_dir=data_dir)
     chosen = examples(task, EXAMPLES)
-    bound = model.bind(params, rest)
-    grid = bound.encoder.net.grid if task.image_shape is not None else None
-    found = look_at(bound, task, chosen)
+    grid = model.encoder.net.grid if task.image_shape is not None else None
+    found = look_at(model, task, chosen)
     for place, layers in found.items():
         heads = layers[0].shape[1]
         for n, example in enumerate(chosen if place == "cross" else chosen[:1]):

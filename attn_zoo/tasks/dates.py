@@ -152,8 +152,10 @@ def _ids() -> dict[str, int]:
 
 
 def encode(text: str) -> np.ndarray:
-    """The ids of a text, int32; those of TARGET_ALPHABET come first."""
+    """The ids of a text, int32; those of TARGET_ALPHABET come first. Raises UserError for a character that no date is written with here."""
     ids = _ids()
+    unknown = "".join(sorted(set(text) - ids.keys()))
+    check(not unknown, "date", text, f"has characters that no date of these languages is written with, {unknown!r}; nearest: {text.lower()!r}")
     return np.array([ids[c] for c in text], np.int32)
 
 
