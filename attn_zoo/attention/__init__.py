@@ -45,7 +45,7 @@ from attn_zoo.attention.strided import STRIDED
 from attn_zoo.attention.topk import TOPK
 from attn_zoo.attention.tree import TREE
 from attn_zoo.ops.backends import check_backend
-from attn_zoo.spec import Spec, UserError, check, check_int, nearest, parse, parse_one
+from attn_zoo.spec import Spec, UserError, check, check_choice, check_int, nearest, parse, parse_one
 
 # In the order of the table, family by family.
 VARIANTS: dict[str, Variant] = {
@@ -132,11 +132,13 @@ def make_attention(
     num_kv_heads: int | None = None,
     dtype=jnp.float32,
     backend: str = "auto",
+    padding: str = "any",
     shared: dict | None = None,
     rngs: nnx.Rngs | None = None,
 ) -> Attention:
     """Builds one attention layer from its spec.
 
+    padding='end' promises that valid keys come before all others, so that their number says all: then cuDNN, too, serves padded sequences.
     `shared` is handed along by the layers of one model that may share parameters. Raises UserError for a bad spec, Unsupported for what
     the variant cannot do.
     """
@@ -147,7 +149,8 @@ def make_attention(
     for name, value in (("num_heads", num_heads), ("num_kv_heads", K), ("head_dim", head_dim), ("max_len", max_len)):
         check_int(name, value, 1)
     check(num_heads % K == 0, "num_kv_heads", K, f"must divide num_heads={num_heads}")
-    dims = Dims(num_heads, K, head_dim, max_len, causal, dtype, backend)
+    check_choice("padding", padding, ("any", "end"))
+    dims = Dims(num_heads, K, head_dim, max_len, causal, dtype, backend, padding)
     attention = variant.build(options, dims, shared={} if shared is None else shared, rngs=rngs or nnx.Rngs(0))
     attention.variant = variant
     return attention

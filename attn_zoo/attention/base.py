@@ -44,6 +44,7 @@ class Dims:
     causal: bool
     dtype: Any = jnp.float32
     backend: str = "auto"
+    padding: str = "any"  # where keys that are not valid may stand: any, or at the end
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,7 +56,7 @@ class Mix(Attention):
         self.parts = nnx.List([])
         for part, (start, end), grouped in zip(options.parts, self.bounds, self.grouped):
             heads = dict(num_heads=end - start, num_kv_heads=(end - start) // (G if grouped else 1), head_dim=dims.head_dim)
-            like = dict(max_len=dims.max_len, causal=dims.causal, dtype=dims.dtype, backend=dims.backend)
+            like = dict(max_len=dims.max_len, causal=dims.causal, dtype=dims.dtype, backend=dims.backend, padding=dims.padding)
             self.parts.append(make_attention(part.spec, **heads, **like, shared=shared, rngs=rngs))
         sharing = {part.shares_query_key for part in self.parts}
         check(len(sharing) == 1, "parts", ", ".join(map(str, options.parts)), "variants that use their queries as keys mix only with each other")

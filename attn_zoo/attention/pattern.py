@@ -46,14 +46,15 @@ class PatternAttention(SlotDecoding):
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         pattern = self.pattern(q_BTNH.shape[1], k_BSKH.shape[1])
-        return backends.attention(q_BTNH, k_BSKH, v_BSKH, pattern=pattern, valid_BS=valid_BS, backend=self.backend(valid_BS is not None))
+        how = dict(padding=self.dims.padding, backend=self.backend(valid_BS is not None))
+        return backends.attention(q_BTNH, k_BSKH, v_BSKH, pattern=pattern, valid_BS=valid_BS, **how)
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         T, S = q_BTNH.shape[1], k_BSKH.shape[1]
         return softmax_reference(q_BTNH, k_BSKH, v_BSKH, dense_mask(self.pattern(T, S), T, S, valid_BS))
 
     def backend(self, masked=False):
-        return backends.choose(self.dims.backend, self.pattern(1, 1), self.dims.dtype, self.dims.head_dim, masked=masked)
+        return backends.choose(self.dims.backend, self.pattern(1, 1), self.dims.dtype, self.dims.head_dim, masked=masked and self.dims.padding)
 
     def plan(self, T, S, masked=False):
         return pattern_plan(self.backend(masked), self.pattern(T, S), T, S, self.dims)

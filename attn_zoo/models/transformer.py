@@ -193,7 +193,7 @@ class Transformer(nnx.Module):
 
         def make(specs, layer, place, max_len, causal):
             heads = dict(num_heads=model.N, num_kv_heads=model.num_kv_heads, head_dim=model.head_dim)
-            like = dict(max_len=max_len, causal=causal, dtype=dtype, backend=attention.backend)
+            like = dict(max_len=max_len, causal=causal, dtype=dtype, backend=attention.backend, padding="end")
             return make_attention(specs[layer % len(specs)], **heads, **like, shared=shared[place], rngs=attention_rngs)
 
         self.blocks = nnx.List([])
@@ -233,7 +233,7 @@ class Transformer(nnx.Module):
     ) -> Float[Array, "B T V"] | Float[Array, "B C"]:
         """Float32 logits, [B, T, num_outputs] or pooled [B, num_outputs].
 
-        Positions that are not valid are seen by no other. `key` is this call's randomness (dropout, hashing, sampling);
+        Positions that are not valid, which stand behind all others, are seen by none. `key` is this call's randomness (dropout, hashing, sampling);
         None means deterministic evaluation. Raises UserError for T > max_len.
         """
         if inputs_BT.shape[1] > self.max_len:

@@ -12,7 +12,7 @@ from attn_zoo.ops.tuning import tile
 from attn_zoo.spec import UserError, nearest
 
 
-def _cudnn_serves(pattern: Pattern, dtype, head_dim: int, masked: bool, modified: bool, logsumexp: bool) -> bool | str:
+def _cudnn_serves(pattern: Pattern, dtype, head_dim: int, masked: bool | str, modified: bool, logsumexp: bool) -> bool | str:
     """Whether cuDNN's fused attention computes this, without a dense mask; else the reason why not."""
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16 or float16, not {jnp.dtype(dtype).name}"
@@ -21,7 +21,7 @@ def _cudnn_serves(pattern: Pattern, dtype, head_dim: int, masked: bool, modified
         return "this GPU is older than the compute capability 8.0 that fused attention needs"
     if head_dim % 8 or head_dim > most:
         return f"the head dim must be a multiple of 8 up to {most}, not {head_dim}"
-    if masked:
+    if masked and masked != "end":
         return "arbitrary key validity would become a dense mask"
     if modified:
         return "it cannot modify scores"
@@ -29,6 +29,8 @@ def _cudnn_serves(pattern: Pattern, dtype, head_dim: int, masked: bool, modified
         return "it gives no logsumexp that could be differentiated, to merge parts of attention by"
     if not isinstance(pattern, Band) or (pattern.ahead != 0 and pattern != Band()):
         return "it knows full, causal and causal-window patterns only"
+    if masked and pattern.back is not None:
+        return "beyond the window of the last valid key its rows are undefined"
     return True
 
 
@@ -63,9 +65,12 @@ def _cudnn(q_BTNH, k_BSKH, v_BSKH, *, pattern, valid_BS, score_mod, scale):
     T, S = q_BTNH.shape[1], k_BSKH.shape[1]
     # Queries more than a window beyond the last key see nothing, which is zero here and undefined there.
     rows = T if window is None else min(T, S + pattern.back)
+    lengths = {} if valid_BS is None else {"key_value_seq_lengths": jnp.maximum(valid_BS.sum(axis=1, dtype=jnp.int32), 1)}
     o_BTNH = jax.nn.dot_product_attention(
-        q_BTNH[:, :rows], k_BSKH, v_BSKH, scale=scale, is_causal=pattern.ahead == 0, local_window_size=window, implementation="cudnn"
+        q_BTNH[:, :rows], k_BSKH, v_BSKH, scale=scale, is_causal=pattern.ahead == 0, local_window_size=window, implementation="cudnn", **lengths
     )
+    if valid_BS is not None:  # of a sequence without a valid key one was taken to be
+        o_BTNH = jnp.where(valid_BS.any(axis=1)[:, None, None, None], o_BTNH, 0)
     return jnp.pad(o_BTNH, ((0, 0), (0, T - rows), (0, 0), (0, 0))), None
 
 
@@ -81,11 +86,11 @@ def check_backend(backend: str) -> None:
 
 
 def choose(
-    backend: str, pattern: Pattern, dtype, head_dim: int, *, masked: bool = False, modified: ScoreMod | bool = False, logsumexp: bool = False
+    backend: str, pattern: Pattern, dtype, head_dim: int, *, masked: bool | str = False, modified: ScoreMod | bool = False, logsumexp: bool = False
 ) -> str:
     """The backend that runs: 'auto' takes, on a GPU, cuDNN where it serves, then the Pallas kernels, else XLA. Raises UserError if a forced one cannot serve.
 
-    modified: the score modification, or True for one whose parameters are one float a head; logsumexp: whether that is needed too.
+    masked: whether some keys are not valid; 'end' if all of those stand behind the valid ones. modified: the score modification, or True for one whose parameters are one float a head; logsumexp: whether that is needed too.
     """
     check_backend(backend)
     if backend == "xla" or (backend == "auto" and jax.default_backend() != "gpu"):
@@ -102,18 +107,21 @@ def choose(
     return backend
 
 
-def attention(q_BTNH, k_BSKH, v_BSKH, *, pattern: Pattern, valid_BS=None, score_mod=None, scale=None, backend: str = "auto"):
-    """Softmax attention over the pairs of `pattern`, [B, T, N, H], on the backend that `choose` names. See ops.blocked."""
-    return _run(backend, False, q_BTNH, k_BSKH, v_BSKH, pattern=pattern, valid_BS=valid_BS, score_mod=score_mod, scale=scale)[0]
+def attention(q_BTNH, k_BSKH, v_BSKH, *, pattern: Pattern, valid_BS=None, padding: str = "any", score_mod=None, scale=None, backend: str = "auto"):
+    """Softmax attention over the pairs of `pattern`, [B, T, N, H], on the backend that `choose` names. See ops.blocked.
+
+    padding='end' promises that in every row of `valid_BS` the valid keys come first, so that their number says all.
+    """
+    return _run(backend, False, padding, q_BTNH, k_BSKH, v_BSKH, pattern=pattern, valid_BS=valid_BS, score_mod=score_mod, scale=scale)[0]
 
 
 def attention_and_logsumexp(q_BTNH, k_BSKH, v_BSKH, *, pattern: Pattern, valid_BS=None, score_mod=None, scale=None, backend: str = "auto"):
     """(output, float32 logsumexp [B, T, N]), both differentiable: a part of attention, to be merged with others. See ops.blocked."""
-    return _run(backend, True, q_BTNH, k_BSKH, v_BSKH, pattern=pattern, valid_BS=valid_BS, score_mod=score_mod, scale=scale)
+    return _run(backend, True, "any", q_BTNH, k_BSKH, v_BSKH, pattern=pattern, valid_BS=valid_BS, score_mod=score_mod, scale=scale)
 
 
-def _run(backend, logsumexp, q_BTNH, k_BSKH, v_BSKH, **arguments):
-    masked, modified = arguments["valid_BS"] is not None, arguments["score_mod"] or False
+def _run(backend, logsumexp, padding, q_BTNH, k_BSKH, v_BSKH, **arguments):
+    masked, modified = arguments["valid_BS"] is not None and padding, arguments["score_mod"] or False
     name = choose(backend, arguments["pattern"], q_BTNH.dtype, q_BTNH.shape[-1], masked=masked, modified=modified, logsumexp=logsumexp)
     return RUN[name](q_BTNH, k_BSKH, v_BSKH, **arguments)
 

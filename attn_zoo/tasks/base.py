@@ -1,7 +1,7 @@
 """The contract of a task, which is all that training knows of the data.
 
 A task is built for one sequence length T. A batch is a dict of numpy arrays:
-inputs int32 [B, T], targets int32 [B, T] or [B], weights float32 like targets (1 where scored), valid bool [B, T] (False at padding).
+inputs int32 [B, T], targets int32 [B, T] or [B], weights float32 like targets (1 where scored), valid bool [B, T] (False at padding, which stands at the end).
 Where something is generated from a source, which an encoder reads, there are also source int32 [B, S] and source_valid bool [B, S], or,
 of a picture, source float32 [B, height, width, channels] alone. A picture that is all a model reads is itself the inputs, float32 [B, height, width, channels];
 T is then the number of cells of the grid of features on which attention stands.

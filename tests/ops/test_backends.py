@@ -32,8 +32,8 @@ def gpu(monkeypatch):
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
 
 
-def layer(spec, dtype=jnp.bfloat16, causal=True, backend="cudnn", N=4, H=16):
-    return make_attention(spec, num_heads=N, num_kv_heads=2, head_dim=H, max_len=48, causal=causal, dtype=dtype, backend=backend)
+def layer(spec, dtype=jnp.bfloat16, causal=True, backend="cudnn", N=4, H=16, padding="any"):
+    return make_attention(spec, num_heads=N, num_kv_heads=2, head_dim=H, max_len=48, causal=causal, dtype=dtype, backend=backend, padding=padding)
 
 
 # What cuDNN serves without a dense mask.
@@ -48,6 +48,7 @@ SERVED = {
 REFUSED = {
     "f32": (FULL, jnp.float32, 64, False, False, "bfloat16 or float16, not float32"),
     "key-validity": (CAUSAL, jnp.bfloat16, 64, True, False, "validity"),
+    "padded-causal-window": (Band(128, 0), jnp.bfloat16, 64, "end", False, "last valid key"),
     "score-mod": (CAUSAL, jnp.bfloat16, 64, False, True, "modify scores"),
     "window-on-both-sides": (Band(128, 128), jnp.bfloat16, 64, False, False, "causal-window"),
     "window-ahead": (Band(128, -1), jnp.bfloat16, 64, False, False, "causal-window"),
@@ -170,6 +171,8 @@ AUTO = {  # spec, causal, dtype, masked, what runs on a GPU
     "full": ("full", False, jnp.bfloat16, False, "cudnn"),
     "full-causal": ("full", True, jnp.bfloat16, False, "cudnn"),
     "full-masked": ("full", True, jnp.bfloat16, True, "pallas"),
+    "full-padded": ("full", True, jnp.bfloat16, "end", "cudnn"),
+    "local-padded": ("local(window=8)", True, jnp.bfloat16, "end", "pallas"),
     "full-f32": ("full", True, jnp.float32, False, "pallas"),
     "local-causal": ("local(window=8)", True, jnp.bfloat16, False, "cudnn"),
     "local-bidirectional": ("local(window=8)", False, jnp.bfloat16, False, "pallas"),
@@ -182,8 +185,8 @@ AUTO = {  # spec, causal, dtype, masked, what runs on a GPU
 @pytest.mark.parametrize("name", AUTO)
 def test_auto_on_a_gpu_runs_what_the_record_says(name, gpu, ran):
     spec, causal, dtype, masked, expected = AUTO[name]
-    attention = layer(spec, dtype, causal, backend="auto")
-    assert attention.plan(48, 48, masked)["backend"] == attention.backend(masked) == expected
+    attention = layer(spec, dtype, causal, backend="auto", padding=masked if masked == "end" else "any")
+    assert attention.plan(48, 48, bool(masked))["backend"] == attention.backend(bool(masked)) == expected
     called(attention, dtype, jnp.ones((2, 48), bool) if masked else None)
     assert ran == [expected]
 
@@ -215,6 +218,24 @@ def test_cudnn_lowers_to_its_fused_kernels(pattern, mask_type, window, gpu):
         for key, value in (("mask_type", rf"\22{mask_type}\22"), ("sliding_window_length", str(window)), ("fmha_scale", "0.5")):
             assert rf"\22{key}\22: {value}" in call
     assert "48x48" not in text, "a dense mask or score matrix"
+
+
+@pytest.mark.parametrize("pattern, mask_type", [(FULL, "PADDING"), (CAUSAL, "PADDING_CAUSAL")], ids=["full", "causal"])
+def test_padding_reaches_cudnn_as_lengths(pattern, mask_type, gpu):
+    valid = jnp.arange(48)[None] < jnp.array([[48], [0]])
+    text = lowered(lambda q, k, v: attention(q, k, v, pattern=pattern, valid_BS=valid, padding="end", backend="cudnn"), SHAPES[jnp.bfloat16], ("cuda",))
+    calls = [line for line in text.splitlines() if "custom_call" in line and "fmha" in line]
+    assert len(calls) == 2 and all(rf"\22mask_type\22: \22{mask_type}\22" in call and "tensor<2xi32>" in call for call in calls)
+    assert "48x48" not in text, "a dense mask or score matrix"
+
+
+def test_the_lengths_are_those_of_the_valid_keys_and_a_row_without_any_is_zero(gpu, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, **options: seen.update(options) or jnp.full_like(q, jnp.nan if options["key_value_seq_lengths"].min() < 1 else 1))
+    q, k, v = (jnp.ones(x.shape, x.dtype) for x in SHAPES[jnp.bfloat16])
+    o = attention(q, k, v, pattern=CAUSAL, valid_BS=jnp.arange(48)[None] < jnp.array([[30], [0]]), padding="end", backend="cudnn")
+    assert seen["key_value_seq_lengths"].tolist() == [30, 1]
+    assert (o[0] == 1).all() and (o[1] == 0).all()
 
 
 def test_grouped_heads_reach_cudnn_as_they_are(gpu):

@@ -71,6 +71,8 @@ def check_batch(task, batch, B):
         assert batch["inputs"].min() >= 0 and batch["inputs"].max() < task.inputs_vocab
     assert batch["targets"].min() >= 0 and batch["targets"].max() < task.num_outputs
     assert set(np.unique(batch["weights"])) <= {0.0, 1.0}
+    for name in ("valid", "source_valid"):
+        assert name not in batch or (np.sort(batch[name], axis=1)[:, ::-1] == batch[name]).all(), "padding stands at the end"
 
 
 def seen(batch):
