@@ -78,7 +78,7 @@ class Model:
 class Attention:
     """How attention runs, whatever the variant."""
 
-    backend: str = "auto"  # see attn_zoo.ops.blocked.BACKENDS
+    backend: str = "auto"  # see attn_zoo.ops.backends.BACKENDS
 
 
 @dataclasses.dataclass(frozen=True)

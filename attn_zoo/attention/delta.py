@@ -8,6 +8,7 @@ from the start on and one from the end. The output scale 1 / sqrt(H) of the auth
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from flax import nnx
 
 from attn_zoo.attention.base import Attention, Bound, Paper, Variant, repeat_kv
 from attn_zoo.attention.linear import dpfp, elu
+from attn_zoo.ops import backends
 from attn_zoo.ops.delta import delta_rule
 from attn_zoo.ops.linear import init_state, state_step
 from attn_zoo.spec import check, check_choice, check_int
@@ -43,7 +45,8 @@ class Delta(Attention):
         self.rate_bias = nnx.Param(jnp.zeros((K,)))
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
-        return self.directions(delta_rule, *self.inputs(q_BTNH, k_BSKH, v_BSKH, valid_BS))
+        rule = functools.partial(delta_rule, backend=self.backend(valid_BS is not None))
+        return self.directions(rule, *self.inputs(q_BTNH, k_BSKH, v_BSKH, valid_BS))
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         q, k, v, beta = self.inputs(q_BTNH, k_BSKH, v_BSKH, valid_BS)
@@ -52,7 +55,7 @@ class Delta(Attention):
     def init_cache(self, B, max_len):
         self.check_decoding(max_len)
         d = self.dims
-        return init_state(B, d.num_kv_heads, self.features(jnp.zeros((1, 1, 1, d.head_dim))).shape[-1], d.head_dim)
+        return init_state(B, d.num_kv_heads, feature_count(self.options, d.head_dim), d.head_dim)
 
     def step(self, q_B1NH, k_B1KH, v_B1KH, cache):
         phi_q, phi_k, v_B1KH, beta_B1K = self.inputs(q_B1NH, k_B1KH, v_B1KH, None)
@@ -77,9 +80,17 @@ class Delta(Attention):
         total = phi.sum(axis=-1, keepdims=True)
         return phi / jnp.where(total == 0, 1, total)
 
+    def backend(self, masked=False):
+        return backends.choose_scan(self.dims.backend, self.dims.dtype, corrected=feature_count(self.options, self.dims.head_dim))
+
     def flops(self, B, T, S):
         d = self.dims
         return flops(self.options, B, T, S, d.num_heads, d.head_dim, d.causal, K=d.num_kv_heads)
+
+
+def feature_count(options: Options, H: int) -> int:
+    """R of phi for a head of H."""
+    return 2 * options.nu * H if options.feature_map == "dpfp" else H
 
 
 def delta_rule_reference(q_BTNR, k_BTNR, v_BTNH, beta_BTN):
@@ -98,7 +109,7 @@ def delta_rule_reference(q_BTNR, k_BTNR, v_BTNH, beta_BTN):
 
 def flops(options: Options, B: int, T: int, S: int, N: int, H: int, causal: bool, K: int | None = None) -> float:
     """R H multiply-adds to read the memory and R H to write it for every key of K key/value heads (N by default), and R H to read it for every query."""
-    R = 2 * options.nu * H if options.feature_map == "dpfp" else H
+    R = feature_count(options, H)
     return 2.0 * B * (T * N + 2 * S * (K or N)) * R * H * (1 if causal else 2)
 
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from attn_zoo.attention.base import Attention, Bound, Paper, Variant, repeat_kv
+from attn_zoo.ops import backends
 from attn_zoo.ops.linear import init_state, linear_attention, state_step, with_ones
 from attn_zoo.spec import check, check_choice, check_int
 
@@ -55,11 +56,14 @@ class Options:
 
 
 class KernelDecoding(Attention):
-    """Generation for kernel attention: the state is sum_j phi(k_j) [v_j, 1]', of one size whatever the length. Katharopoulos et al. 2020, sec. 3.4."""
+    """The backend of kernel attention, and generation: the state is sum_j phi(k_j) [v_j, 1]', of one size at any length. Katharopoulos et al. 2020, sec. 3.4."""
 
     def features_at(self, q_B1NH, k_B1KH, t):
         """(phi(q), phi(k)) of position t."""
         raise NotImplementedError
+
+    def backend(self, masked=False):
+        return backends.choose_scan(self.dims.backend, self.dims.dtype, causal=self.dims.causal)
 
     def init_cache(self, B, max_len):
         self.check_decoding(max_len)
@@ -94,7 +98,8 @@ class Linear(KernelDecoding):
         return phi(q_BTNH), phi_k if valid_BS is None else jnp.where(valid_BS[:, :, None, None], phi_k, 0)
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
-        return linear_attention(*self.features(q_BTNH, k_BSKH, valid_BS), v_BSKH, causal=self.dims.causal)
+        backend = self.backend(valid_BS is not None)
+        return linear_attention(*self.features(q_BTNH, k_BSKH, valid_BS), v_BSKH, causal=self.dims.causal, backend=backend)
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         return kernel_reference(*self.features(q_BTNH, k_BSKH, valid_BS), v_BSKH, causal=self.dims.causal)

@@ -60,7 +60,8 @@ class Performer(KernelDecoding):
         self.directions = Features(draw(rngs.params(), options.features, dims.head_dim))
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
-        return linear_attention(*self.features(q_BTNH, k_BSKH, valid_BS, key), v_BSKH, causal=self.dims.causal)
+        backend = self.backend(valid_BS is not None)
+        return linear_attention(*self.features(q_BTNH, k_BSKH, valid_BS, key), v_BSKH, causal=self.dims.causal, backend=backend)
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         return kernel_reference(*self.features(q_BTNH, k_BSKH, valid_BS, key), v_BSKH, causal=self.dims.causal)

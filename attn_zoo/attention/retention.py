@@ -8,13 +8,15 @@ Beyond the paper: bidirectionally the decay is gamma^|t - j|, and query heads th
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from attn_zoo.attention.base import Attention, Bound, Paper, Variant, repeat_kv
-from attn_zoo.ops.decayed import decayed_attention
+from attn_zoo.ops import backends
+from attn_zoo.ops.decayed import decayed_sums
 from attn_zoo.ops.linear import init_state, state_step, with_ones
 from attn_zoo.spec import check_number
 
@@ -41,15 +43,14 @@ class Retention(Attention):
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         B, T, N, _ = q_BTNH.shape
         log_decay_BTK = jnp.broadcast_to(self.log_decays().astype(np.float32), (B, T, self.dims.num_kv_heads))
-        ones_BSK1 = jnp.ones((*v_BSKH.shape[:3], 1), jnp.promote_types(v_BSKH.dtype, jnp.float32))
-        q, k, v = q_BTNH, k_BSKH, jnp.concatenate([v_BSKH.astype(ones_BSK1.dtype), ones_BSK1], axis=-1)  # the ones sum the scores along with the values
-        o = decayed_attention(q, k, v, log_decay_BTK)
+        sums = functools.partial(decayed_sums, log_decay_BTK=log_decay_BTK, backend=self.backend(valid_BS is not None))
+        o_BTNH, scores_BTN = sums(q_BTNH, k_BSKH, v_BSKH)
         if not self.dims.causal:
-            ahead = decayed_attention(*(x[:, ::-1] for x in (q, k, v)), log_decay_BTK)[:, ::-1]
-            own = jnp.einsum("BTNH,BTNH->BTN", *(x.astype(o.dtype) for x in (q, repeat_kv(k, N))))  # is in both
-            o = o + ahead - own[..., None] * repeat_kv(v, N)
-        o = o * self.score_scale(T)
-        return group_norm(o[..., :-1], o[..., -1:])
+            o_ahead, scores_ahead = (x[:, ::-1] for x in sums(*(x[:, ::-1] for x in (q_BTNH, k_BSKH, v_BSKH))))
+            own_BTN = jnp.einsum("BTNH,BTNH->BTN", *(x.astype(o_BTNH.dtype) for x in (q_BTNH, repeat_kv(k_BSKH, N))))  # is in both
+            o_BTNH, scores_BTN = o_BTNH + o_ahead - own_BTN[..., None] * repeat_kv(v_BSKH, N), scores_BTN + scores_ahead - own_BTN
+        scale_TN1 = self.score_scale(T)
+        return group_norm(o_BTNH * scale_TN1, scores_BTN[..., None] * scale_TN1)
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         T, N = q_BTNH.shape[1:3]
@@ -79,6 +80,9 @@ class Retention(Attention):
         total_TK = back if self.dims.causal else back + ahead - 1
         scale_TK = ((self.dims.head_dim * total_TK) ** -0.5).astype(np.float32)
         return np.repeat(scale_TK, self.dims.num_heads // self.dims.num_kv_heads, axis=1)[..., None]
+
+    def backend(self, masked=False):
+        return backends.choose_scan(self.dims.backend, self.dims.dtype)
 
     def flops(self, B, T, S):
         d = self.dims

@@ -20,7 +20,8 @@ from flax import nnx
 from attn_zoo.attention.base import Attention, Bound, Paper, Variant, repeat_kv
 from attn_zoo.attention.linear import state_flops
 from attn_zoo.attention.performer import Features
-from attn_zoo.ops.decayed import decayed_attention
+from attn_zoo.ops import backends
+from attn_zoo.ops.decayed import decayed_sums
 from attn_zoo.ops.linear import init_state, kernel_sums, state_step, with_ones
 from attn_zoo.spec import Unsupported, check, check_int
 
@@ -59,18 +60,15 @@ class RandomFeatureAttention(Attention):
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         phi_q, phi_k = self.features(q_BTNH, k_BSKH, valid_BS, key)
         T, N = q_BTNH.shape[1:3]
-        valid_BSK = validity(valid_BS, k_BSKH)
+        valid_BSK, backend = validity(valid_BS, k_BSKH), self.backend(valid_BS is not None)
         if self.options.gate:
             if T != k_BSKH.shape[1]:
                 raise Unsupported(f"rfa(gate=True) fades by the positions of one sequence (T={T}, S={k_BSKH.shape[1]}); gate=False does not")
             log_gate_BTK, write_BTK = self.gates(k_BSKH, valid_BSK)
-            ones_BTK1 = jnp.ones((*log_gate_BTK.shape, 1))
-            values = jnp.concatenate([v_BSKH.astype(jnp.float32), ones_BTK1], axis=-1)  # the ones give the denominator
-            o = decayed_attention(phi_q, phi_k * write_BTK[..., None], values, log_gate_BTK)
-            o_BTNH, norm_BTN = o[..., :-1], o[..., -1]
+            o_BTNH, norm_BTN = decayed_sums(phi_q, phi_k * write_BTK[..., None], v_BSKH, log_gate_BTK, backend=backend)
             weight_BTK = -jnp.expm1(jnp.cumsum(log_gate_BTK, axis=1))  # sum_j (1 - g_j) prod_{j < l <= t} g_l
         else:
-            o_BTNH, norm_BTN = kernel_sums(phi_q, phi_k, v_BSKH, causal=self.dims.causal)
+            o_BTNH, norm_BTN = kernel_sums(phi_q, phi_k, v_BSKH, causal=self.dims.causal, backend=backend)
             count_BSK = valid_BSK.astype(jnp.float32)
             weight_BTK = jnp.cumsum(count_BSK, axis=1) if self.dims.causal else count_BSK.sum(axis=1, keepdims=True)
             weight_BTK = weight_BTK[:, jnp.minimum(jnp.arange(T), weight_BTK.shape[1] - 1)]
@@ -129,6 +127,9 @@ class RandomFeatureAttention(Attention):
         """(log g, 1 - g), [B, S, K], float32; an invalid position keeps everything and writes nothing."""
         logit_BSK = jnp.einsum("BSKH,KH->BSK", k_BSKH.astype(jnp.float32), self.gate_kernel[...]) + self.gate_bias[...]
         return jnp.where(valid_BSK, jax.nn.log_sigmoid(logit_BSK), 0), jnp.where(valid_BSK, jax.nn.sigmoid(-logit_BSK), 0)
+
+    def backend(self, masked=False):
+        return backends.choose_scan(self.dims.backend, self.dims.dtype, causal=self.dims.causal)
 
     def flops(self, B, T, S):
         d = self.dims

@@ -1,11 +1,11 @@
-"""The backends of softmax attention over a pattern, behind one signature, and the choice among them."""
+"""The backends of softmax attention over a pattern, behind one signature, and the choice among them; the choice for linearized attention too."""
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from attn_zoo.ops import pallas_attention
+from attn_zoo.ops import pallas_attention, pallas_linear
 from attn_zoo.ops.blocked import ScoreMod, block_sizes, blocked_attention
 from attn_zoo.ops.patterns import Band, Pattern
 from attn_zoo.ops.tuning import tile
@@ -50,14 +50,19 @@ def _compute_capability() -> float:
         return 0.0
 
 
+def _device_obstacle(interpret: bool) -> str | None:
+    """Why this machine does not run Pallas kernels for NVIDIA GPUs, if it does not."""
+    if interpret:
+        return None
+    if jax.default_backend() != "gpu":
+        return f"its kernels are for NVIDIA GPUs, and this runs on {jax.default_backend()}"
+    return None if _compute_capability() >= 8 else "its kernels need an NVIDIA GPU of compute capability 8.0 or more"
+
+
 def _pallas_serves(pattern: Pattern, dtype, head_dim: int, modified: ScoreMod | bool) -> bool | str:
     """Whether the Pallas kernels compute this on this machine; else the reason why not."""
-    if not pallas_attention.INTERPRET:
-        if jax.default_backend() != "gpu":
-            return f"its kernels are for NVIDIA GPUs, and this runs on {jax.default_backend()}"
-        if _compute_capability() < 8:
-            return "its kernels need an NVIDIA GPU of compute capability 8.0 or more"
-    return pallas_attention.serves(pattern, dtype, head_dim, modified if isinstance(modified, ScoreMod) else None)
+    obstacle = _device_obstacle(pallas_attention.INTERPRET)
+    return obstacle or pallas_attention.serves(pattern, dtype, head_dim, modified if isinstance(modified, ScoreMod) else None)
 
 
 def _cudnn(q_BTNH, k_BSKH, v_BSKH, *, pattern, valid_BS, score_mod, scale):
@@ -92,13 +97,31 @@ def choose(
 
     masked: whether some keys are not valid; 'end' if all of those stand behind the valid ones. modified: the score modification, or True for one whose parameters are one float a head; logsumexp: whether that is needed too.
     """
-    check_backend(backend)
-    if backend == "xla" or (backend == "auto" and jax.default_backend() != "gpu"):
-        return "xla"
     serve = {
         "cudnn": lambda: _cudnn_serves(pattern, dtype, head_dim, masked, bool(modified), logsumexp),
         "pallas": lambda: _pallas_serves(pattern, dtype, head_dim, modified),
     }
+    return _choose(backend, serve)
+
+
+def choose_scan(backend: str, dtype, *, causal: bool = True, corrected: int = 0) -> str:
+    """The backend that runs the causal scan of linearized attention: 'auto' takes the Pallas kernels on a GPU where they serve, else XLA. Errors as `choose`.
+
+    causal: False where there is nothing to scan, as every query sees all keys; corrected: the features of a delta rule, 0 for the rest. See ops.pallas_linear.
+    """
+    nothing = None if causal else "there is no scan where every query sees all keys, and XLA's two products are all of it"
+    serve = {
+        "cudnn": lambda: "it knows softmax attention only",
+        "pallas": lambda: nothing or _device_obstacle(pallas_linear.INTERPRET) or pallas_linear.serves(dtype, corrected),
+    }
+    return _choose(backend, serve)
+
+
+def _choose(backend: str, serve: dict[str, Callable[[], bool | str]]) -> str:
+    """`backend`, or for 'auto' on a GPU the first one that serves: each says True, or the reason why not."""
+    check_backend(backend)
+    if backend == "xla" or (backend == "auto" and jax.default_backend() != "gpu"):
+        return "xla"
     if backend == "auto":
         return next((name for name, serves in serve.items() if serves() is True), "xla")
     reason = serve[backend]()

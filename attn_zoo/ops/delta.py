@@ -8,24 +8,34 @@ The system is inverted by matrix products. XLA's own triangular solve, on a CPU 
 for ever now and then (jaxlib 0.10.2), and on GPUs products are what is fast.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from attn_zoo.ops.pallas_linear import chunk_of, corrected_sums
+
 CHUNK = 64  # positions per step of the scan, a power of two
 
 
 def delta_rule(
-    q_BTNR: Float[Array, "B T N R"], k_BTKR: Float[Array, "B T K R"], v_BTKH: Float[Array, "B T K H"], beta_BTK: Float[Array, "B T K"]
+    q_BTNR: Float[Array, "B T N R"], k_BTKR: Float[Array, "B T K R"], v_BTKH: Float[Array, "B T K H"], beta_BTK: Float[Array, "B T K"], *, backend: str = "xla"
 ) -> Float[Array, "B T N H"]:
     """o_t above, float32 at least, from S = 0. beta = 0 leaves the memory as it is; it is stable where beta |k|^2 <= 2.
 
-    O(T) memory with gradients: one [R, H] state a chunk is kept, the rest recomputed.
+    O(T) memory with gradients: one [R, H] state a chunk is kept, the rest recomputed. `backend` is "xla" or "pallas" (see backends.choose_scan): on the
+    kernels all chunks' systems are solved at once, by products that XLA compiles and differentiates, and the recurrence between chunks runs in the kernels,
+    forwards and backwards.
     """
     B, T, N, R = q_BTNR.shape
     K, H = v_BTKH.shape[2:]
     wide = jnp.promote_types(v_BTKH.dtype, jnp.float32)
+    if backend == "pallas":
+        q, k, v, beta = (x.astype(wide) for x in (q_BTNR, k_BTKR, v_BTKH, beta_BTK))
+        c = chunk_of(T, CHUNK)
+        return corrected_sums(q, k, *wy_form(k, v, beta, c), chunk=c)
     c = min(CHUNK, 1 << (T - 1).bit_length())
     chunks = -(-T // c)
 
@@ -51,6 +61,26 @@ def delta_rule(
     return jnp.moveaxis(o, (0, 2), (1, 3)).reshape(B, chunks * c, N, H)[:, :T]
 
 
+@functools.partial(jax.checkpoint, static_argnums=3)
+def wy_form(
+    k_BTKR: Float[Array, "B T K R"], v_BTKH: Float[Array, "B T K H"], beta_BTK: Float[Array, "B T K"], c: int
+) -> tuple[Float[Array, "B T K R"], Float[Array, "B T K H"]]:
+    """(W, U) of the system above, for all chunks of c at once: with S the state before a chunk, its u are U - W S. Recomputed in the backward pass."""
+    B, T, K, R = k_BTKR.shape
+    chunks = -(-T // c)
+
+    def chunked(x):  # [B, T, K, ...] -> [B, chunks, K, c, ...]
+        x = jnp.pad(x, [(0, 0), (0, chunks * c - T)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(B, chunks, c, *x.shape[2:]), 3, 2)
+
+    k, kv, beta = chunked(k_BTKR), chunked(jnp.concatenate([k_BTKR, v_BTKH], axis=-1)), chunked(beta_BTK)[..., None]
+    overlap = jnp.tril(jnp.einsum("BCKTR,BCKSR->BCKTS", k, k, precision="highest"), -1) * beta
+    wu_BCTKX = jnp.einsum("BCKTS,BCKSX->BCTKX", unit_lower_inverse(overlap), beta * kv, precision="highest")
+    wu_BTKX = wu_BCTKX.reshape(B, chunks * c, K, -1)[:, :T]
+    return wu_BTKX[..., :R], wu_BTKX[..., R:]
+
+
+@jax.custom_vjp
 def unit_lower_inverse(lower_CC: Float[Array, "*batch C C"]) -> Float[Array, "*batch C C"]:
     """The inverse of I + L, of L strictly lower triangular and C a power of two.
 
@@ -69,3 +99,17 @@ def unit_lower_inverse(lower_CC: Float[Array, "*batch C C"]) -> Float[Array, "*b
         inverse = jnp.concatenate([jnp.concatenate([a, jnp.zeros_like(a)], axis=-1), jnp.concatenate([corner, b], axis=-1)], axis=-2)
         size *= 2
     return inverse[..., 0, :, :]
+
+
+def _inverse_fwd(lower_CC):
+    inverse_CC = unit_lower_inverse(lower_CC)
+    return inverse_CC, inverse_CC
+
+
+def _inverse_bwd(inverse_CC, d_CC):
+    """d inv(A) = -inv(A) dA inv(A), of the entries that are read."""
+    turned_CC = inverse_CC.swapaxes(-1, -2)
+    return (-jnp.tril(jnp.matmul(jnp.matmul(turned_CC, d_CC, precision="highest"), turned_CC, precision="highest"), -1),)
+
+
+unit_lower_inverse.defvjp(_inverse_fwd, _inverse_bwd)

@@ -5,27 +5,34 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from attn_zoo.ops.pallas_linear import causal_sums
+
 CHUNK = 128  # positions per step of the causal scan
 
 
-def linear_attention(phi_q_BTNR: Float[Array, "B T N R"], phi_k_BSKR: Float[Array, "B S K R"], v_BSKH: Float[Array, "B S K H"], *, causal: bool) -> Float[Array, "B T N H"]:
+def linear_attention(
+    phi_q_BTNR: Float[Array, "B T N R"], phi_k_BSKR: Float[Array, "B S K R"], v_BSKH: Float[Array, "B S K H"], *, causal: bool, backend: str = "xla"
+) -> Float[Array, "B T N H"]:
     """o_i = phi(q_i)' sum_j phi(k_j) v_j' / phi(q_i)' sum_j phi(k_j), over all j or j <= i. Katharopoulos et al. 2020, eq. 5 and 9.
 
     Features must not be negative in sum over a row; invalid keys are given as phi(k) = 0. A row whose denominator is zero gives zeros.
     """
-    o_BTNH, norm_BTN = kernel_sums(phi_q_BTNR, phi_k_BSKR, v_BSKH, causal=causal)
+    o_BTNH, norm_BTN = kernel_sums(phi_q_BTNR, phi_k_BSKR, v_BSKH, causal=causal, backend=backend)
     return jnp.where(norm_BTN[..., None] == 0, 0.0, o_BTNH / jnp.where(norm_BTN == 0, 1.0, norm_BTN)[..., None])
 
 
 def kernel_sums(
-    phi_q_BTNR: Float[Array, "B T N R"], phi_k_BSKR: Float[Array, "B S K R"], v_BSKH: Float[Array, "B S K H"], *, causal: bool
+    phi_q_BTNR: Float[Array, "B T N R"], phi_k_BSKR: Float[Array, "B S K R"], v_BSKH: Float[Array, "B S K H"], *, causal: bool, backend: str = "xla"
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """The two sums above: (phi(q_i)' sum_j phi(k_j) v_j', phi(q_i)' sum_j phi(k_j)).
 
-    Accumulates in float32 at least. Causal memory is O(T) with gradients: the scan keeps one [R, H] state a chunk and recomputes the rest.
+    Accumulates in float32 at least. Causal memory is O(T) with gradients: the scan keeps one [R, H] state a chunk and recomputes the rest. `backend`, of the
+    causal form, is "xla" or "pallas" (see backends.choose_scan).
     """
     B, T, N, R = phi_q_BTNR.shape
     S, K, H = v_BSKH.shape[1:]
+    if causal and backend == "pallas":  # keys beyond the last query are never seen; missing ones are zeros, which add nothing
+        return causal_sums(phi_q_BTNR, *(jnp.pad(x[:, :T], ((0, 0), (0, T - min(T, S)), (0, 0), (0, 0))) for x in (phi_k_BSKR, v_BSKH)))
     wide = jnp.promote_types(v_BSKH.dtype, jnp.float32)
     q_BTKGR = phi_q_BTNR.reshape(B, T, K, N // K, R).astype(wide)
     k_BSKR, v_BSKH = phi_k_BSKR.astype(wide), v_BSKH.astype(wide)
@@ -57,8 +64,9 @@ def state_step(
 
 
 def with_ones(v_BSKH: Array) -> Array:
-    """Values with a last one that is 1, float32: its weighted sum is the sum of the weights."""
-    return jnp.concatenate([v_BSKH.astype(jnp.float32), jnp.ones((*v_BSKH.shape[:3], 1))], axis=-1)
+    """Values with a last one that is 1, float32 at least: its weighted sum is the sum of the weights."""
+    wide = jnp.promote_types(v_BSKH.dtype, jnp.float32)
+    return jnp.concatenate([v_BSKH.astype(wide), jnp.ones((*v_BSKH.shape[:3], 1), wide)], axis=-1)
 
 
 def _scan(q_BTKGR, k_BSKR, v_BSKH):

@@ -1,0 +1,218 @@
+"""The bodies of the Pallas kernels of linear attention: what one program does with the states of one head, or with one chunk of positions.
+
+S_t = exp(a_t) S_{t-1} + k_t v_t' is read as o_t = S_t' q_t; z_t, the same sum of k_t alone, as n_t = z_t' q_t. In chunks (Sun et al. 2023, eq. 7; Yang et
+al. 2024, Gated Linear Attention Transformers with Hardware-Efficient Training, sec. 4), with L the running sum of the log decays a within a chunk, its
+last number L_c, and S the state before the chunk,
+
+    o_t = exp(L_t) S' q_t + sum_{j <= t} exp(L_t - L_j) (q_t'k_j) v_j,    S <- exp(L_c) S + sum_j exp(L_c - L_j) k_j v_j'.
+
+One kernel goes through the sequence and leaves the state before every chunk, of which each program carries one tile; the others take all chunks at once. The
+gradient of the states is the same recurrence from the end, dS <- exp(L_c) dS + sum_t exp(L_t) q_t do_t', so the same kernel runs it. With the delta rule
+(see ops.delta) what is written is corrected by what the state held, x = U - W S and S <- S + K'x, and backwards dx = (its part of the chunk) + K dS and
+dS <- dS + Q'do - W'dx: both are x = offset + read S, S <- S + write'x.
+
+Bodies use references, loops and products alone, which Pallas' compilers for NVIDIA GPUs share. A reference that a problem has no use for is None.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What a kernel knows at compile time: positions of a chunk, features and values of a tile (powers of two, at least 16), and the inputs' dtype."""
+
+    chunk: int
+    r_tile: int
+    h_tile: int
+    dtype: Any
+
+    @property
+    def factor(self):
+        """The dtype of the factors of products, and of states in memory. float16 is computed in TF32, of the same digits, and the range that sums need."""
+        return jnp.bfloat16 if self.dtype == jnp.bfloat16 else jnp.float32
+
+    def dot(self, a, b, a_axis: int, b_axis: int):
+        """The product of two matrices over these axes, in float32. Of float32 inputs it is exact to float32, where the default would be TF32."""
+        precision = lax.Precision.HIGHEST if self.dtype == jnp.float32 else None
+        axes = ((a_axis,), (b_axis,)), ((), ())
+        return lax.dot_general(a.astype(self.factor), b.astype(self.factor), axes, precision=precision, preferred_element_type=jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decay:
+    """How a chunk fades: L at its positions, [c], and at the last one; None without decay."""
+
+    L: jax.Array | None
+    last: jax.Array | None
+
+    @classmethod
+    def read(cls, ref, start, chunk: int) -> "Decay":
+        """Of the chunk whose first position is `start`."""
+        return cls(None, None) if ref is None else cls(ref[pl.ds(start, chunk)], ref[start + chunk - 1])
+
+    def since_start(self, x):
+        """Rows [c, ...] times what is left, at their positions, of the state before the chunk."""
+        return x if self.L is None else by_row(jnp.exp(self.L), x)
+
+    def until_end(self, x):
+        """Rows [c, ...] times what is left of them after the chunk."""
+        return x if self.L is None else by_row(jnp.exp(self.last - self.L), x)
+
+    def across(self, x):
+        """A state times what is left of it after the chunk."""
+        return x if self.L is None else jnp.exp(self.last) * x
+
+    def within(self, products, keys_first: bool = False):
+        """Products of the chunk's queries and keys, [c, c], faded, and zero where the key is after the query; keys_first: a row is a key."""
+        down, along = (lax.broadcasted_iota(jnp.int32, products.shape, axis) for axis in (0, 1))
+        seen = down <= along if keys_first else along <= down
+        if self.L is None:
+            return jnp.where(seen, products, 0.0)
+        gap = self.L[None, :] - self.L[:, None] if keys_first else self.L[:, None] - self.L[None, :]
+        return products * jnp.exp(jnp.where(seen, gap, -jnp.inf))  # masked before the exponential, which could overflow
+
+
+def states_kernel(
+    decay_ref, k_ref, v_ref, one_ref, write_ref, read_ref, offset_ref, state_ref, total_ref, x_ref, *, form: Form, reverse: bool
+):
+    """The states of one key head before every chunk, [C, r, h], and the totals z, [C, r]; with `reverse` their gradients after it.
+
+    Of k [T, G, r] and v [T, G, h], of the G heads that share the state (`one`, [G, T], is for the total what v is for the state; None means 1), and of
+    the correction's write and read, [T, R], and offset, [T, h], whose x is [T, h]. With a correction a program has all R features, in tiles.
+    """
+    chunks, R = state_ref.shape[:2]
+    tiles = [pl.ds(r, form.r_tile) for r in range(0, R, form.r_tile)]
+
+    def step(n, carry):
+        states, total = carry
+        i = chunks - 1 - n if reverse else n
+        rows, fade = pl.ds(i * form.chunk, form.chunk), Decay.read(decay_ref, i * form.chunk, form.chunk)
+        for tile, state in zip(tiles, states):
+            state_ref[i, tile, :] = state.astype(state_ref.dtype)
+        if total_ref is not None:
+            total_ref[i, :] = total
+        faded = [fade.across(state) for state in states], None if total is None else fade.across(total)
+        if offset_ref is not None:
+            x = offset_ref[rows, :].astype(jnp.float32)
+            for tile, state in zip(tiles, states):
+                x += form.dot(read_ref[rows, tile], state, 1, 0)
+            x_ref[rows, :] = x.astype(x_ref.dtype)
+            faded = [state + form.dot(write_ref[rows, tile], x, 0, 0) for tile, state in zip(tiles, faded[0])], faded[1]
+
+        def head(g, carry):
+            states, total = carry
+            v = v_ref[rows, g, :]
+            k = [(fade.since_start if reverse else fade.until_end)(k_ref[rows, g, tile].astype(jnp.float32)) for tile in tiles]
+            if total is not None:
+                total = total + jnp.sum(k[0] if one_ref is None else by_row(one_ref[g, rows], k[0]), axis=0)
+            return [state + form.dot(k, v, 0, 0) for state, k in zip(states, k)], total
+
+        return faded if k_ref is None else repeat(k_ref.shape[1], head, faded)
+
+    zero = [zeros(form.r_tile, form.h_tile) for _ in tiles]
+    repeat(chunks, step, (zero, None if total_ref is None else zeros(R)))
+
+
+def output_kernel(decay_ref, q_ref, k_ref, v_ref, state_ref, total_ref, o_ref, norm_ref, *, form: Form):
+    """One chunk of one query head: o [c, h] and n [c], of q, k [c, R], v [c, h], and the state [R, h] and total [R] before the chunk."""
+    c, R = q_ref.shape
+    fade = Decay.read(decay_ref, 0, c)
+
+    def features(tile, carry):
+        products, o, norm = carry
+        q = q_ref[:, tile]
+        if norm is not None:
+            norm = norm + jnp.sum(q.astype(jnp.float32) * total_ref[tile][None, :], axis=1)
+        return products + form.dot(q, k_ref[:, tile], 1, 1), o + form.dot(q, state_ref[tile, :], 1, 0), norm
+
+    products, o, norm = over_tiles(R, form.r_tile, features, (zeros(c, c), zeros(c, form.h_tile), None if norm_ref is None else zeros(c)))
+    scores = fade.within(products)
+    o_ref[...] = fade.since_start(o) + form.dot(scores, v_ref[...], 1, 0)
+    if norm_ref is not None:
+        norm_ref[...] = fade.since_start(norm) + jnp.sum(scores, axis=1)
+
+
+def dv_kernel(decay_ref, q_ref, k_ref, do_ref, dstate_ref, dv_ref, *, form: Form):
+    """One chunk of one key head: dv [c, h], of q [c, G, R], k [c, R], do [c, G, h] and, if given, the gradient [R, h] of the state after the chunk."""
+    c, R = k_ref.shape
+    fade = Decay.read(decay_ref, 0, c)
+
+    def head(g, dv):
+        products = over_tiles(R, form.r_tile, lambda tile, sum_: sum_ + form.dot(k_ref[:, tile], q_ref[:, g, tile], 1, 1), zeros(c, c))
+        return dv + form.dot(fade.within(products, keys_first=True), do_ref[:, g, :], 1, 0)
+
+    dv = zeros(c, form.h_tile)
+    if dstate_ref is not None:
+        dv = fade.until_end(over_tiles(R, form.r_tile, lambda tile, sum_: sum_ + form.dot(k_ref[:, tile], dstate_ref[tile, :], 1, 0), dv))
+    dv_ref[...] = repeat(q_ref.shape[1], head, dv).astype(dv_ref.dtype)
+
+
+def dqk_kernel(decay_ref, q_ref, k_ref, v_ref, do_ref, dnorm_ref, state_ref, dstate_ref, total_ref, dtotal_ref, dq_ref, dk_ref, dL_ref, *, form: Form):
+    """One chunk of one key head, a tile of features: dq [c, G, r], dk [c, r], and these features' part of dL [c].
+
+    Of q [c, G, r], k [c, r], v [c, H], do [c, G, H], dnorm [G, c], the state before the chunk and the gradient of the one after it, [r, H], and the same of
+    totals, [r]. exp(L_t) is a factor of all that q_t reads, 1 / exp(L_t) of all that k_t gives: dL_t = q_t'dq_t - k_t'dk_t; the last L of the rest too.
+    """
+    c, H = v_ref.shape
+    fade, k = Decay.read(decay_ref, 0, c), k_ref[...].astype(jnp.float32)
+
+    def written(tile, carry):
+        dk, overlap = carry
+        dstate = dstate_ref[:, tile]
+        if overlap is not None:
+            overlap = overlap + jnp.sum(state_ref[:, tile].astype(jnp.float32) * dstate.astype(jnp.float32))
+        return dk + form.dot(v_ref[:, tile], dstate, 1, 1), overlap
+
+    dk, overlap = over_tiles(H, form.h_tile, written, (zeros(*k.shape), None if dL_ref is None else jnp.float32(0)))
+    dk, dL = fade.until_end(dk if dtotal_ref is None else dk + dtotal_ref[...][None, :]), None
+    if dL_ref is not None:
+        if dtotal_ref is not None:
+            overlap += jnp.sum(total_ref[...] * dtotal_ref[...])
+        dL = jnp.where(lax.iota(jnp.int32, c) == c - 1, fade.across(overlap) + jnp.sum(k * dk), 0.0)
+
+    def head(g, carry):
+        dk, dL = carry
+
+        def read(tile, carry):
+            products, dq = carry
+            do = do_ref[:, g, tile]
+            return products + form.dot(do, v_ref[:, tile], 1, 1), dq + form.dot(do, state_ref[:, tile], 1, 1)
+
+        products, dq = over_tiles(H, form.h_tile, read, (zeros(c, c), zeros(*k.shape)))
+        if dnorm_ref is not None:  # as of one more value, which is 1
+            dnorm = dnorm_ref[g, :][:, None]
+            products, dq = products + dnorm, dq + dnorm * total_ref[...][None, :]
+        dscores, q = fade.within(products), q_ref[:, g, :]
+        dq = fade.since_start(dq) + form.dot(dscores, k, 1, 0)
+        dq_ref[:, g, :] = dq.astype(dq_ref.dtype)
+        return dk + form.dot(dscores, q, 0, 0), None if dL is None else dL + jnp.sum(q.astype(jnp.float32) * dq, axis=1)
+
+    dk, dL = repeat(q_ref.shape[1], head, (dk, dL))
+    dk_ref[...] = dk.astype(dk_ref.dtype)
+    if dL_ref is not None:
+        dL_ref[...] = dL - jnp.sum(k * dk, axis=1)
+
+
+def repeat(count: int, body, carry):
+    """body(n, carry) for n < count."""
+    return body(0, carry) if count == 1 else lax.fori_loop(0, count, body, carry)
+
+
+def over_tiles(size: int, tile: int, body, carry):
+    """body(slice, carry) for each tile of an axis."""
+    return repeat(size // tile, lambda n, carry: body(pl.ds(n * tile, tile), carry), carry)
+
+
+def by_row(factor, x):
+    """Rows [c, ...] times a number a row."""
+    return x * (factor if x.ndim == 1 else factor[:, None])
+
+
+def zeros(*shape: int):
+    return jnp.zeros(shape, jnp.float32)

@@ -1,0 +1,263 @@
+"""The kernels of linear attention: interpreted on the CPU against the XLA scans and a loop, and lowered for NVIDIA GPUs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from attn_zoo import make_attention
+from attn_zoo.ops import backends, decayed, pallas_linear as kernels
+from attn_zoo.ops.backends import choose_scan
+from attn_zoo.ops.decayed import decayed_sums
+from attn_zoo.ops.delta import delta_rule
+from attn_zoo.ops.linear import kernel_sums
+from attn_zoo.spec import Unsupported, UserError
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The kernels run on the CPU."""
+    monkeypatch.setattr(kernels, "INTERPRET", True)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """JAX says that it runs on a GPU that the kernels are for."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(backends, "_compute_capability", lambda: 9.0)
+
+
+def inputs(T, N=4, K=2, R=20, H=9, decay=0.1, dtype=jnp.float32):
+    """Queries, keys, values and log decays down to -decay."""
+    rng = np.random.default_rng(T)
+    arrays = [jnp.asarray(rng.normal(size=shape), dtype) for shape in ((2, T, N, R), (2, T, K, R), (2, T, K, H))]
+    return *arrays, jnp.asarray(-decay * rng.random((2, T, K)), jnp.float32)
+
+
+def results(f, args):
+    """(outputs, gradients) of a loss that weighs every number of every output differently."""
+
+    def loss(*args):
+        outputs = f(*args)
+        return sum((x.astype(jnp.float32) * jnp.cos(jnp.arange(x.size)).reshape(x.shape)).sum() for x in jax.tree.leaves(outputs)), outputs
+
+    (_, outputs), gradients = jax.jit(jax.value_and_grad(loss, tuple(range(len(args))), has_aux=True))(*args)
+    return outputs, gradients
+
+
+def assert_close(actual, expected, tolerance):
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
+        np.testing.assert_allclose(a, e, rtol=0, atol=tolerance * max(1.0, abs(e).max()))
+
+
+def fades(*args, backend):
+    return decayed_sums(*args, backend=backend)
+
+
+def sums(q, k, v, log_decay, backend):
+    return kernel_sums(q, k, v, causal=True, backend=backend)
+
+
+def corrects(q, k, v, log_decay, backend):
+    k = jnp.abs(k) / jnp.abs(k).sum(axis=-1, keepdims=True)
+    return delta_rule(q, k, v, jnp.exp(20 * log_decay), backend=backend)  # rates in (0, 1)
+
+
+SCANS = {"linear": sums, "decayed": fades, "delta": corrects}
+SHAPES = {  # a chunk is 64 positions, a tile 32 features or values
+    "T1-one-head": {"T": 1, "N": 1, "K": 1},
+    "T63-K1-one-tile": {"T": 63, "N": 3, "K": 1},
+    "T257-several-tiles": {"T": 257, "R": 40, "H": 35},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", SCANS)
+def test_equals_the_xla_scan(name, shape, interpreted):
+    args = inputs(**SHAPES[shape])
+    actual, expected = (results(functools.partial(SCANS[name], backend=backend), args) for backend in ("pallas", "xla"))
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(actual))
+    assert_close(actual, expected, 3e-6)
+
+
+def test_equals_a_loop(interpreted):
+    q, k, v, log_decay = inputs(70, N=2, K=1)
+    o, norm = decayed_sums(q, k, v, log_decay, backend="pallas")
+    for b in range(2):
+        state, total = np.zeros((20, 9)), np.zeros(20)
+        for t in range(70):
+            fade = np.exp(np.float64(log_decay[b, t, 0]))
+            state, total = fade * state + np.outer(k[b, t, 0], v[b, t, 0]), fade * total + np.float64(k[b, t, 0])
+            np.testing.assert_allclose(o[b, t], q[b, t] @ state, atol=1e-4)
+            np.testing.assert_allclose(norm[b, t], q[b, t] @ total, atol=1e-4)
+
+
+def test_what_fades_at_once_overflows_nowhere(interpreted, monkeypatch):
+    """At 40 a position the running sum within a chunk reaches a thousand, and its exponentials leave float32. In equal chunks it loses equal digits."""
+    monkeypatch.setattr(decayed, "CHUNK", kernels.CHUNK)
+    args = inputs(140, decay=40.0)
+    actual, expected = (results(functools.partial(fades, backend=backend), args) for backend in ("pallas", "xla"))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(actual))
+    assert_close(actual, expected, 3e-5)
+
+
+@pytest.mark.parametrize("S", [30, 100])
+def test_fewer_or_more_keys_than_queries(S, interpreted):
+    q, (_, k, v, _) = inputs(67)[0], inputs(S)
+    actual, expected = (jax.jit(functools.partial(kernel_sums, causal=True, backend=backend))(q, k, v) for backend in ("pallas", "xla"))
+    assert_close(actual, expected, 3e-6)
+
+
+def test_bfloat16_sums_in_float32(interpreted):
+    """Factors of products are bfloat16: scores, states and the gradients that come in are rounded once, by 2^-9, and nothing else is."""
+    args = inputs(150, dtype=jnp.bfloat16)
+    actual, expected = (results(functools.partial(fades, backend=backend), args) for backend in ("pallas", "xla"))
+    assert [x.dtype for x in jax.tree.leaves(actual)] == [jnp.float32] * 2 + [jnp.bfloat16] * 3 + [jnp.float32]
+    assert_close(actual, expected, 2**-7)
+
+
+def test_float16_sums_do_not_overflow(interpreted):
+    """A state here reaches 2e5, which float16 does not hold."""
+    _, k, v, _ = inputs(257, dtype=jnp.float16)
+    q, k, v = jnp.full((2, 257, 4, 20), 0.01, jnp.float16), abs(k) * 30, abs(v) * 40
+    assert np.einsum("TR,TH->RH", *(np.asarray(x[0, :, 0], np.float64) for x in (k, v))).max() > 1.5e5
+    actual, expected = (jax.jit(functools.partial(kernel_sums, causal=True, backend=backend))(q, k, v) for backend in ("pallas", "xla"))
+    assert_close(actual, expected, 3e-6)
+
+
+def test_the_delta_rule_is_computed_in_float32(interpreted):
+    args = inputs(70, dtype=jnp.bfloat16)
+    actual, expected = (jax.jit(functools.partial(corrects, backend=backend))(*args) for backend in ("pallas", "xla"))
+    assert actual.dtype == jnp.float32
+    assert_close(actual, expected, 3e-6)
+
+
+def test_under_vmap_it_is_the_same(interpreted):
+    args, scan = inputs(40), functools.partial(fades, backend="pallas")
+    mapped = jax.jit(jax.vmap(scan))(*(x[:, None] for x in args))
+    assert_close(jax.tree.map(lambda x: x[:, 0], mapped), jax.jit(scan)(*args), 1e-6)
+
+
+# Variants that run on the kernels: causal ones, and these whatever the direction, as they scan both ways.
+VARIANTS = {
+    "linear": "linear",
+    "linear-dpfp": "linear(feature_map='dpfp')",
+    "linear-cosformer": "linear(feature_map='cosformer')",
+    "performer": "performer(features=24)",
+    "rfa": "rfa(features=12)",
+    "rfa-gate": "rfa(features=12, gate=True)",
+    "retention": "retention",
+    "delta": "delta",
+}
+BOTH_WAYS = ["retention", "delta"]
+DIRECTIONS = [(name, True) for name in VARIANTS] + [(name, False) for name in BOTH_WAYS]
+named = pytest.mark.parametrize("name, causal", DIRECTIONS, ids=lambda x: x if isinstance(x, str) else "causal" if x else "bidirectional")
+
+
+def layer(spec, causal=True, *, H=16, dtype=jnp.float32, backend="pallas", max_len=96):
+    return make_attention(spec, num_heads=4, num_kv_heads=2, head_dim=H, max_len=max_len, causal=causal, dtype=dtype, backend=backend, rngs=nnx.Rngs(1))
+
+
+@pytest.mark.parametrize("name, causal", [("linear", True), ("rfa-gate", True), ("retention", False), ("delta", True)])
+def test_variants_equal_their_reference(name, causal, interpreted):
+    """Outputs and gradients, those of the parameters too, with ragged validity: one of each scan, and one that scans both ways."""
+    attention = layer(VARIANTS[name], causal)
+    graph, params, rest = nnx.split(attention, nnx.Param, ...)
+    q, k, v, _ = inputs(90, R=16, H=16)
+    valid = jnp.arange(90)[None] < jnp.array([[90], [61]])
+
+    def run(reference):
+        def f(q, k, v, params):
+            attention = nnx.merge(graph, params, rest)
+            return (attention.reference if reference else attention)(q, k, v, valid_BS=valid)
+
+        return results(f, (q, k, v, params))
+
+    assert_close(run(False), run(True), 2e-5)
+
+
+def ran_on_the_kernels(attention, dtype, masked=False) -> bool:
+    shapes = [jax.ShapeDtypeStruct((2, 90, heads, 16), dtype) for heads in (4, 2, 2)]
+    valid = jax.ShapeDtypeStruct((2, 90), bool) if masked else None
+    return "pallas_call" in str(jax.make_jaxpr(lambda q, k, v, valid: attention(q, k, v, valid_BS=valid))(*shapes, valid))
+
+
+@named
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
+def test_auto_takes_the_kernels_on_a_gpu_and_the_record_says_so(name, causal, dtype, gpu):
+    attention = layer(VARIANTS[name], causal, dtype=dtype, backend="auto")
+    assert attention.plan(90, 90, True)["backend"] == attention.backend() == "pallas"
+    assert ran_on_the_kernels(attention, dtype) and ran_on_the_kernels(attention, dtype, masked=True)
+    forced = layer(VARIANTS[name], causal, dtype=dtype, backend="xla")
+    assert forced.plan(90, 90)["backend"] == "xla" and not ran_on_the_kernels(forced, dtype)
+
+
+@named
+def test_auto_is_xla_elsewhere(name, causal):
+    attention = layer(VARIANTS[name], causal, backend="auto")
+    assert attention.plan(90, 90)["backend"] == "xla" and not ran_on_the_kernels(attention, jnp.float32)
+    with pytest.raises(UserError, match="attention.backend='pallas' cannot serve here: its kernels are for NVIDIA GPUs, and this runs on cpu; use auto or xla"):
+        layer(VARIANTS[name], causal).backend()
+
+
+REFUSED = {  # spec, causal, head dim, words of the reason
+    "linear-bidirectional": ("linear", False, 16, "no scan"),
+    "performer-bidirectional": ("performer", False, 16, "no scan"),
+    "rfa-bidirectional": ("rfa", False, 16, "no scan"),
+    "delta-of-many-features": ("delta(nu=2)", True, 80, "at most 256, not 320"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_the_reason_when_forced_and_left_to_xla_otherwise(name, gpu):
+    spec, causal, H, reason = REFUSED[name]
+    with pytest.raises(UserError, match=f"attention.backend='pallas' cannot serve here: .*{reason}.*; use auto or xla"):
+        layer(spec, causal, H=H).backend()
+    assert layer(spec, causal, H=H, backend="auto").backend() == "xla"
+
+
+def test_cudnn_and_other_dtypes_are_refused(gpu):
+    for backend, dtype, reason in (("cudnn", jnp.bfloat16, "softmax attention only"), ("pallas", jnp.float64, "bfloat16, float16 or float32, not float64")):
+        with pytest.raises(UserError, match=f"attention.backend='{backend}' cannot serve here: .*{reason}; use auto or xla"):
+            choose_scan(backend, dtype)
+    assert choose_scan("auto", jnp.float64) == "xla"
+    with jax.enable_x64(True), pytest.raises(Unsupported, match="cannot serve here: it takes bfloat16, float16 or float32, not float64"):
+        kernel_sums(*[jnp.ones((1, 16, 1, 16), jnp.float64)] * 3, causal=True, backend="pallas")
+
+
+PLATFORMS = [("cpu", 9.0, "xla"), ("tpu", 9.0, "xla"), ("gpu", 7.5, "xla"), ("gpu", 0.0, "xla"), ("gpu", 8.0, "pallas")]
+
+
+@pytest.mark.parametrize("platform, capability, expected", PLATFORMS)
+def test_they_are_for_nvidia_gpus(platform, capability, expected, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    monkeypatch.setattr(backends, "_compute_capability", lambda: capability)
+    assert choose_scan("auto", jnp.bfloat16) == expected and choose_scan("xla", jnp.bfloat16) == "xla"
+
+
+def lowered(f, *shapes):
+    """StableHLO for an H200, on a machine that may have no GPU."""
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        return jax.jit(f).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+
+
+KERNELS = ("states_kernel", "output_kernel", "dv_kernel", "dqk_kernel")
+
+
+LOWERED = [(name, dtype, 64) for name in ("linear", "decayed") for dtype in kernels.DTYPES]
+LOWERED += [("linear", dtype, 256) for dtype in kernels.DTYPES] + [("delta", jnp.bfloat16, R) for R in (64, 256)]
+
+
+@pytest.mark.parametrize("name, dtype, R", LOWERED, ids=lambda x: x if isinstance(x, str | int) else jnp.dtype(x).name)
+def test_lowers_for_cuda(name, dtype, R):
+    """Forward and backward: the states twice, and their gradients by the same kernel."""
+    shapes = [jax.ShapeDtypeStruct((2, 1024, *rest), dtype) for rest in ((4, R), (2, R), (2, 64))] + [jax.ShapeDtypeStruct((2, 1024, 2), jnp.float32)]
+    loss = lambda *args: sum(x.sum() for x in jax.tree.leaves(SCANS[name](*args, backend="pallas")))
+    text = lowered(jax.value_and_grad(loss, (0, 1, 2, 3)), *shapes)
+    assert [text.count(f'name = "{kernel}"') for kernel in KERNELS] == [3, 1, 1, 1]
+    assert "1024x1024" not in text, "a dense score matrix"
