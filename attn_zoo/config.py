@@ -78,7 +78,7 @@ class Model:
 class Attention:
     """How attention runs, whatever the variant."""
 
-    backend: str = "auto"  # see attn_zoo.ops.backends.BACKENDS
+    backend: str = "auto"  # auto, xla, cudnn, pallas (NVIDIA GPUs) or splash (TPUs); see attn_zoo.ops.backends
 
 
 @dataclasses.dataclass(frozen=True)

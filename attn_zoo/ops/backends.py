@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from attn_zoo.ops import pallas_attention, pallas_linear
+from attn_zoo.ops import pallas_attention, pallas_linear, splash
 from attn_zoo.ops.blocked import ScoreMod, block_sizes, blocked_attention
 from attn_zoo.ops.patterns import Band, Pattern
 from attn_zoo.ops.tuning import tile
@@ -65,6 +65,13 @@ def _pallas_serves(pattern: Pattern, dtype, head_dim: int, modified: ScoreMod | 
     return obstacle or pallas_attention.serves(pattern, dtype, head_dim, modified if isinstance(modified, ScoreMod) else None)
 
 
+def _splash_serves(dtype, head_dim: int, modified: bool) -> bool | str:
+    """Whether splash attention computes this on this machine; else the reason why not."""
+    if not splash.INTERPRET and jax.default_backend() != "tpu":
+        return f"its kernels are for TPUs, and this runs on {jax.default_backend()}"
+    return splash.serves(dtype, head_dim, modified)
+
+
 def _cudnn(q_BTNH, k_BSKH, v_BSKH, *, pattern, valid_BS, score_mod, scale):
     window = None if pattern.back is None else (pattern.back, 0)
     T, S = q_BTNH.shape[1], k_BSKH.shape[1]
@@ -80,8 +87,9 @@ def _cudnn(q_BTNH, k_BSKH, v_BSKH, *, pattern, valid_BS, score_mod, scale):
 
 
 # (q, k, v, pattern, valid_BS, score_mod, scale) -> (output, logsumexp)
-RUN: dict[str, Callable] = {"xla": blocked_attention, "cudnn": _cudnn, "pallas": pallas_attention.pallas_attention}
+RUN: dict[str, Callable] = {"xla": blocked_attention, "cudnn": _cudnn, "pallas": pallas_attention.pallas_attention, "splash": splash.splash_attention}
 BACKENDS = ("auto", *RUN)
+AUTO = {"gpu": ("cudnn", "pallas"), "tpu": ("splash",)}  # what is tried before XLA, by platform
 
 
 def check_backend(backend: str) -> None:
@@ -93,13 +101,15 @@ def check_backend(backend: str) -> None:
 def choose(
     backend: str, pattern: Pattern, dtype, head_dim: int, *, masked: bool | str = False, modified: ScoreMod | bool = False, logsumexp: bool = False
 ) -> str:
-    """The backend that runs: 'auto' takes, on a GPU, cuDNN where it serves, then the Pallas kernels, else XLA. Raises UserError if a forced one cannot serve.
+    """The backend that runs: 'auto' takes the first of this platform's AUTO that serves, else XLA. Raises UserError if a forced one cannot serve.
 
-    masked: whether some keys are not valid; 'end' if all of those stand behind the valid ones. modified: the score modification, or True for one whose parameters are one float a head; logsumexp: whether that is needed too.
+    masked: whether some keys are not valid; 'end' if all of those stand behind the valid ones. modified: the score modification, or True for one whose
+    parameters are one float a head; logsumexp: whether that is needed too.
     """
     serve = {
         "cudnn": lambda: _cudnn_serves(pattern, dtype, head_dim, masked, bool(modified), logsumexp),
         "pallas": lambda: _pallas_serves(pattern, dtype, head_dim, modified),
+        "splash": lambda: _splash_serves(dtype, head_dim, bool(modified)),
     }
     return _choose(backend, serve)
 
@@ -112,18 +122,19 @@ def choose_scan(backend: str, dtype, *, causal: bool = True, corrected: int = 0)
     nothing = None if causal else "there is no scan where every query sees all keys, and XLA's two products are all of it"
     serve = {
         "cudnn": lambda: "it knows softmax attention only",
+        "splash": lambda: "it knows softmax attention only",
         "pallas": lambda: nothing or _device_obstacle(pallas_linear.INTERPRET) or pallas_linear.serves(dtype, corrected),
     }
     return _choose(backend, serve)
 
 
 def _choose(backend: str, serve: dict[str, Callable[[], bool | str]]) -> str:
-    """`backend`, or for 'auto' on a GPU the first one that serves: each says True, or the reason why not."""
+    """`backend`, or for 'auto' the first of this platform's that serves: each says True, or the reason why not."""
     check_backend(backend)
-    if backend == "xla" or (backend == "auto" and jax.default_backend() != "gpu"):
+    if backend == "xla":
         return "xla"
     if backend == "auto":
-        return next((name for name, serves in serve.items() if serves() is True), "xla")
+        return next((name for name in AUTO.get(jax.default_backend(), ()) if serve[name]() is True), "xla")
     reason = serve[backend]()
     if reason is not True:
         raise UserError(f"attention.backend={backend!r} cannot serve here: {reason}; use auto or xla")
@@ -155,5 +166,7 @@ def blocks(backend: str, pattern: Pattern, T: int, S: int, dtype, head_dim: int)
         return None
     if backend == "xla":
         return block_sizes(pattern, T, S)
+    if backend == "splash":
+        return splash.block_sizes(pattern, T, S)
     forward = tile("forward", pattern, T, S, dtype, head_dim)
     return forward.q_block, forward.k_block

@@ -2,7 +2,7 @@
 
 The kernels (see pallas_kernels) run over the same block lists as the XLA engine, each with a tiling of its own: the forward pass, the one for
 dq, and the one for dk and dv, which takes the transposed list. They are compiled by Pallas' Triton backend, which JAX deprecates from 0.11 on
-in favour of Mosaic GPU: what belongs to it stands in `_Run.call` alone.
+in favour of Mosaic GPU: what belongs to it stands in `Run.call` alone.
 """
 
 import functools
@@ -31,7 +31,7 @@ def serves(pattern: Pattern, dtype, head_dim: int, score_mod: ScoreMod | None = 
         return f"it takes bfloat16, float16 or float32, not {jnp.dtype(dtype).name}"
     if head_dim > MOST_HEAD_DIM:
         return f"the head dim must be at most {MOST_HEAD_DIM}, not {head_dim}"
-    obstacle = _mask_obstacle(pattern)
+    obstacle = mask_obstacle(pattern)
     if obstacle:
         return f"the pattern's mask {obstacle}; a kernel knows elementwise functions of indices, and BlockTable"
     if score_mod is None:
@@ -74,7 +74,7 @@ def _attend(pattern: Pattern, fn, scale: float, tiles: list[Tile]):
     """(q, k, v, valid, params) -> (o [B, T, N, H], lse [B, N, T]), with its own backward pass."""
 
     def runs(q, k):
-        return [_Run(pattern, fn, scale, tile, q.shape, k.shape) for tile in tiles]
+        return [Run(pattern, fn, scale, tile, q.shape, k.shape) for tile in tiles]
 
     @jax.custom_vjp
     def attend(q, k, v, valid, params):
@@ -100,7 +100,7 @@ def _attend(pattern: Pattern, fn, scale: float, tiles: list[Tile]):
     return attend
 
 
-class _Run:
+class Run:
     """One kernel over one problem: its block lists, its arrays in whole blocks, and which part of them each program gets.
 
     A program of `forward` and `dq` is (query block, head, sequence), one of `dkv` (key block, key head, sequence). The head dim is padded
@@ -210,7 +210,8 @@ _ELEMENTWISE = frozenset(
 
 
 @functools.lru_cache(maxsize=256)
-def _mask_obstacle(pattern: Pattern) -> str | None:
+def mask_obstacle(pattern: Pattern) -> str | None:
+    """What keeps a pattern's mask, its tables aside, out of a kernel; None if it is an elementwise function of indices."""
     return _obstacle(replace_tables(pattern, lambda table: FULL).mask, *_INDICES)
 
 

@@ -3,7 +3,8 @@
     {device kind, as JAX names it, or "default": {dtype: {largest head dim: {kernel: [block_q, block_k, num_warps, num_stages]}}}}
 
 The default entries are small enough for the shared memory of any GPU since compute capability 8.0. Those of the H200 are large tiles that compile for
-it with next to no register spills; no entry has been timed against others yet. A dtype that a device lacks is the default's, and float16 is as bfloat16.
+it with next to no register spills; no entry has been timed against others yet, which experiments/tune.py does. What a device lacks is the default's, and
+float16 is as bfloat16.
 """
 
 import dataclasses
@@ -15,8 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from attn_zoo.ops.patterns import Pattern
+from attn_zoo.spec import UserError
 
 KERNELS = ("forward", "dq", "dkv")
+PATH = Path(__file__).parent / "tuning.json"
 LEAST = 16  # rows and columns that the matrix units of a GPU take at once
 
 
@@ -55,8 +58,11 @@ def _widest(pattern: Pattern) -> int | None:
 
 def _entry(kernel: str, dtype: str, head_dim: int, device: str) -> Tile:
     dtypes = table().get(device, {})
-    rows = next(found for found in (dtypes.get(dtype), dtypes.get(_like(dtype)), table()["default"][_like(dtype)]) if found)
-    return Tile(*rows[min((H for H in rows if int(H) >= head_dim), key=int)][kernel])
+    for rows in (dtypes.get(dtype), dtypes.get(_like(dtype)), table()["default"][_like(dtype)]):
+        wide_enough = [H for H in rows or () if int(H) >= head_dim and kernel in rows[H]]
+        if wide_enough:
+            return Tile(*rows[min(wide_enough, key=int)][kernel])
+    raise UserError(f"head_dim={head_dim}: there are no tiles for more than {max(map(int, rows))}")
 
 
 def _like(dtype: str) -> str:
@@ -66,7 +72,7 @@ def _like(dtype: str) -> str:
 @functools.cache
 def table() -> dict:
     """The contents of tuning.json."""
-    return json.loads((Path(__file__).parent / "tuning.json").read_text())
+    return json.loads(PATH.read_text())
 
 
 def _device_kind() -> str:

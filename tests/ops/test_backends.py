@@ -63,7 +63,7 @@ REFUSED = {
 def test_cudnn_where_it_serves(name, monkeypatch):
     assert choose("auto", *SERVED[name]) == "xla"  # on a CPU
     assert choose("cudnn", *SERVED[name]) == "cudnn"  # asked for, so that lowering can be tested anywhere
-    for platform, expected in (("gpu", "cudnn"), ("tpu", "xla")):
+    for platform, expected in (("gpu", "cudnn"), ("tpu", "xla" if SERVED[name][1] == jnp.float16 else "splash")):
         pretend(monkeypatch, platform)
         assert choose("auto", *SERVED[name]) == expected
         assert choose("xla", *SERVED[name]) == "xla"
@@ -105,7 +105,7 @@ class Listed(Pattern):
         return jnp.arange(64)[i] >= j
 
 
-PLATFORMS = [("cpu", "9.0", "xla"), ("tpu", "9.0", "xla"), ("gpu", "7.5", "xla"), ("gpu", "gfx90a", "xla"), ("gpu", "8.0", "pallas")]
+PLATFORMS = [("cpu", "9.0", "xla"), ("tpu", "9.0", "splash"), ("gpu", "7.5", "xla"), ("gpu", "gfx90a", "xla"), ("gpu", "8.0", "pallas")]
 
 
 @pytest.mark.parametrize("platform, capability, expected", PLATFORMS)
@@ -117,6 +117,29 @@ def test_pallas_is_for_nvidia_gpus(platform, capability, expected, monkeypatch):
         return
     with pytest.raises(UserError, match="attention.backend='pallas' cannot serve here: its kernels .* NVIDIA GPU.*; use auto or xla"):
         choose("pallas", Band(8, 8), jnp.bfloat16, 64)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_splash_is_for_tpus(platform, monkeypatch):
+    pretend(monkeypatch, platform)
+    reason = f"its kernels are for TPUs, and this runs on {platform}"
+    with pytest.raises(UserError, match=f"attention.backend='splash' cannot serve here: {reason}; use auto or xla"):
+        choose("splash", CAUSAL, jnp.bfloat16, 64)
+
+
+def test_what_splash_cannot_do_is_left_to_xla(monkeypatch):
+    pretend(monkeypatch, "tpu")
+    case = CAUSAL & Prefix(8), jnp.bfloat16, 64
+    for kwargs in ({"masked": True}, {"logsumexp": True}):
+        assert choose("auto", *case, **kwargs) == choose("splash", *case, **kwargs) == "splash"
+    for case, kwargs, reason in (
+        (case, {"modified": True}, "cannot modify scores"),
+        ((FULL, jnp.float16, 64), {}, "bfloat16 or float32, not float16"),
+        ((FULL, jnp.bfloat16, 512), {}, "at most 256, not 512"),
+    ):
+        assert choose("auto", *case, **kwargs) == "xla"
+        with pytest.raises(UserError, match=f"attention.backend='splash' cannot serve here: .*{reason}.*; use auto or xla"):
+            choose("splash", *case, **kwargs)
 
 
 def test_what_the_kernels_cannot_do_is_left_to_xla(gpu):
@@ -140,7 +163,7 @@ def test_parts_that_are_merged_run_where_there_is_a_logsumexp(gpu):
 
 @pytest.mark.parametrize("make", [lambda b: choose(b, FULL, jnp.bfloat16, 64), lambda b: layer("strided", backend=b)], ids=["choose", "make_attention"])
 def test_an_unknown_backend_names_the_nearest(make):
-    with pytest.raises(UserError, match="attention.backend='cudn': must be one of auto, xla, cudnn, pallas; did you mean 'cudnn'"):
+    with pytest.raises(UserError, match="attention.backend='cudn': must be one of auto, xla, cudnn, pallas, splash; did you mean 'cudnn'"):
         make("cudn")
 
 

@@ -113,7 +113,7 @@ class Refusing(Band):
 
 
 def test_full_blocks_do_not_evaluate_the_mask(interpreted, monkeypatch):
-    monkeypatch.setattr(kernels, "_mask_obstacle", lambda pattern: None)
+    monkeypatch.setattr(kernels, "mask_obstacle", lambda pattern: None)
     q, k, v = normals(1, 32, 32, 1, 1, 16)
     trace = lambda back: jax.eval_shape(jax.grad(lambda *x: pallas_attention(*x, pattern=Refusing(back, back), block=16)[0].sum(), (0, 1, 2)), q, k, v)
     trace(31)

@@ -1,0 +1,321 @@
+"""The tiles of the Pallas kernels, measured on this GPU: the fastest of all that compile, for ops/tuning.json.
+
+    python experiments/tune.py                                                # every dtype, head dim and kernel; into results/tune
+    python experiments/tune.py --minutes=9                                    # as far as that goes; the next call goes on from there
+    python experiments/tune.py --report_only                                  # table and choice again, from the records alone
+    python experiments/tune.py --report_only --write                          # and the choice into the package's tuning.json
+
+Each kernel (forward, dq, dkv) is timed alone on two problems, causal attention and a causal window. Candidates are compiled side by side, those nearest to
+the present tile first, held to what the XLA engine computes, and timed in interleaved rounds; a timing is of as many calls as take some
+milliseconds. The choice is the least product of the two problems' medians. What does not compile, or computes something else, is left out and counted.
+"""
+
+import concurrent.futures
+import copy
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from tabulate import tabulate
+
+from attn_zoo import UserError, provenance
+from attn_zoo.measure import matmul_flops_per_s
+from attn_zoo.ops import pallas_attention, tuning
+from attn_zoo.ops.blocked import blocked_attention
+from attn_zoo.ops.pallas_attention import MOST_HEAD_DIM, Run
+from attn_zoo.ops.patterns import CAUSAL, Band, Pattern, block_mask, count_pairs
+from attn_zoo.ops.tuning import KERNELS, LEAST, Tile, power_of_two
+from attn_zoo.spec import check, check_choice
+
+DTYPES = flags.DEFINE_list("dtypes", ["bfloat16", "float32"], "Of queries, keys and values, the most important first; float16 has the tiles of bfloat16.")
+HEAD_DIMS = flags.DEFINE_list("head_dims", ["64", "128", "256"], "The most important first.")
+BLOCKS = flags.DEFINE_list("blocks", ["16", "32", "64", "128", "256"], "Queries, and keys, of a tile: powers of two.")
+WARPS = flags.DEFINE_list("warps", ["4", "8"], "Warps of a program: powers of two.")
+STAGES = flags.DEFINE_list("stages", ["1", "2", "3", "4"], "Stages of its load pipeline.")
+INTEGERS = [
+    flags.DEFINE_integer(*f, lower_bound=1)
+    for f in (
+        ("B", 4, "Batch."),
+        ("N", 8, "Heads."),
+        ("T", 8192, "Sequence length."),
+        ("window", 512, "Keys that a query of the second problem sees."),
+        ("rounds", 7, "Timings of each candidate, interleaved."),
+    )
+]
+B, N, T, WINDOW, ROUNDS = INTEGERS
+MINUTES = flags.DEFINE_float("minutes", None, "Compile nothing new after so many.", lower_bound=0)
+OUT = flags.DEFINE_string("out", "results/tune", "Folder for records.json, table.md and tuning.json, which is the package's with this device's entry.")
+WRITE = flags.DEFINE_bool("write", False, "Write the choice into the package's tuning.json too.")
+INTERPRET = flags.DEFINE_bool("interpret", False, "Run the kernels without a GPU, slowly: to try this script on small sizes.")
+REPORT_ONLY = flags.DEFINE_bool("report_only", False, "Write table.md and tuning.json again from records.json.")
+
+TIMED_S = 5e-3  # the least that one timing takes: a kernel of some microseconds would measure its launch
+TOLERANCE = 2e-2  # of the largest value: bfloat16 weights, and products in TF32 in the engine compared with, stay below
+PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4}  # of matrices, by a kernel
+
+
+def problems(settings: dict) -> dict[str, Pattern]:
+    return {"causal": CAUSAL, "window": Band(settings["window"] - 1, 0)}
+
+
+def candidates(kernel: str, dtype: str, H: int) -> list[Tile]:
+    """The present tile, and all that the flags name, the nearest to it first."""
+    present = present_tile(kernel, dtype, H)
+    blocks = [block for block in numbers(BLOCKS) if block <= power_of_two(T.value)]
+    tiles = itertools.starmap(Tile, itertools.product(blocks, blocks, numbers(WARPS), numbers(STAGES)))
+    steps = lambda tile: sum(abs(math.log2(a / b)) for a, b in zip(dataclasses.astuple(tile), dataclasses.astuple(present)))
+    return [present, *sorted((tile for tile in tiles if tile != present), key=steps)]
+
+
+def present_tile(kernel: str, dtype: str, H: int) -> Tile:
+    return tuning.tile(kernel, CAUSAL, T.value, T.value, dtype, H)
+
+
+@functools.lru_cache(maxsize=2)
+def computed_by_xla(problem: str, dtype: str, H: int) -> dict[str, tuple]:
+    """{kernel: (its arguments, its results by the XLA engine)}."""
+    q, k, v, do = (jax.random.normal(key, (B.value, T.value, N.value, H)).astype(dtype) for key in jax.random.split(jax.random.key(0), 4))
+    pattern = problems(settings())[problem]
+
+    @jax.jit
+    def both(q, k, v, do):
+        (o, lse), pull = jax.vjp(lambda *x: blocked_attention(*x, pattern=pattern), q, k, v)
+        return o, lse.swapaxes(1, 2), *pull((do, jnp.zeros_like(lse)))
+
+    o, lse, dq, dk, dv = both(q, k, v, do)
+    forward = q, k, v, None, ()
+    backward = *forward, do, lse, (do.astype(jnp.float32) * o.astype(jnp.float32)).sum(axis=-1).swapaxes(1, 2)
+    return {"forward": (forward, (o, lse)), "dq": (backward, (dq,)), "dkv": (backward, (dk, dv))}
+
+
+def measure(kernel: str, dtype: str, H: int, deadline: float) -> tuple[list[dict], bool]:
+    """(records of all candidates on both problems, whether none was left out for want of time)."""
+    present, tiles, records, complete = present_tile(kernel, dtype, H), candidates(kernel, dtype, H), [], True
+    for problem, pattern in problems(settings()).items():
+        args, expected = computed_by_xla(problem, dtype, H)[kernel]
+
+        def compiled(tile):
+            """A compiled call, the reason why there is none, or None after the deadline."""
+            if time.monotonic() > deadline:
+                return None
+            run = Run(pattern, None, H**-0.5, tile, args[0].shape, args[1].shape)
+            try:
+                return jax.jit(getattr(run, kernel)).lower(*args).compile()
+            except Exception as e:  # whatever it is, this tile is none to choose, and the reason is counted
+                return reason(e)
+
+        calls = []
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            for tile, call in zip(tiles, pool.map(compiled, tiles)):
+                if call is None:
+                    complete = False
+                    continue
+                record = {"dtype": dtype, "H": H, "kernel": kernel, "problem": problem, "tile": dataclasses.astuple(tile), "present": tile == present}
+                records.append(record | {"status": "failed", "message": call} if isinstance(call, str) else record)
+                if not isinstance(call, str):
+                    calls.append((records[-1], call))
+        time_calls([(record, call) for record, call in calls if agrees(record, call, args, expected)], args)
+    return records, complete
+
+
+def agrees(record: dict, call, args: tuple, expected: tuple) -> bool:
+    """Whether the kernel runs and computes what XLA does; else the record says why not."""
+    try:
+        results = jax.block_until_ready(call(*args))
+    except Exception as e:
+        record |= {"status": "failed", "message": reason(e)}
+        return False
+    error = max(float(abs(a.astype(jnp.float32) - e.astype(jnp.float32)).max() / abs(e).max()) for a, e in zip(jax.tree.leaves(results), expected, strict=True))
+    if not error <= TOLERANCE:  # NaN is not
+        record |= {"status": "wrong", "message": f"differs from XLA by {error:.2g} of the largest value"}
+        return False
+    record["status"] = "ok"
+    return True
+
+
+def time_calls(calls: list[tuple], args: tuple) -> None:
+    """Adds to each record the seconds of a call."""
+
+    def seconds(call, repeats):
+        start = time.perf_counter()
+        for _ in range(repeats):
+            results = call(*args)
+        jax.block_until_ready(results)
+        return (time.perf_counter() - start) / repeats
+
+    repeats = [math.ceil(TIMED_S / seconds(call, 1)) for _, call in calls]
+    timings = [[seconds(call, n) for (_, call), n in zip(calls, repeats)] for _ in range(ROUNDS.value)]
+    for (record, _), *timed in zip(calls, *timings):
+        p20, median, p80 = np.percentile(timed, (20, 50, 80)).tolist()
+        record["speed"] = {"median_s": median, "p20_s": p20, "p80_s": p80, "n": len(timed)}
+
+
+def reason(e: Exception) -> str:
+    """In one line."""
+    return f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"[:200]
+
+
+def medians(content: dict) -> dict[tuple, dict[Tile, dict[str, float]]]:
+    """{(dtype, H, kernel): {tile: {problem: median seconds}}}, of the tiles that every problem was solved with."""
+    found = defaultdict(lambda: defaultdict(dict))
+    for r in content["records"]:
+        if r["status"] == "ok":
+            found[r["dtype"], r["H"], r["kernel"]][Tile(*r["tile"])][r["problem"]] = r["speed"]["median_s"]
+    everywhere = {key: {tile: at for tile, at in tiles.items() if len(at) == len(problems(content["settings"]))} for key, tiles in found.items()}
+    return {key: tiles for key, tiles in everywhere.items() if tiles}
+
+
+def choice(tiles: dict[Tile, dict[str, float]]) -> Tile:
+    return min(tiles, key=lambda tile: math.prod(tiles[tile].values()))
+
+
+def tuned(content: dict) -> dict:
+    """The package's table of tiles with those chosen for this device."""
+    entries = copy.deepcopy(tuning.table())
+    for (dtype, H, kernel), tiles in medians(content).items():
+        rows = entries.setdefault(content["provenance"]["device_kind"], {}).setdefault(dtype, {})
+        rows.setdefault(str(H), {})[kernel] = dataclasses.astuple(choice(tiles))
+    return entries
+
+
+def text_of(entries: dict, depth: int = 3, margin: str = "") -> str:
+    """JSON as tuning.json has it: a line a head dim."""
+    if depth == 0:
+        return json.dumps(entries)
+    inner = margin + "  "
+    return "{\n" + ",\n".join(f"{inner}{json.dumps(key)}: {text_of(value, depth - 1, inner)}" for key, value in entries.items()) + f"\n{margin}}}"
+
+
+def table(content: dict) -> str:
+    """Markdown: what was chosen, how fast it is, and what was left out; from the records alone."""
+    s, p, length = content["settings"], content["provenance"], content["settings"]["T"]
+    lines = [f"Tiles of the Pallas kernels, B={s['B']}, N={s['N']}, T={length}, causal and within a window of {s['window']}{', interpreted' * s['interpret']}."]
+    figures = ["ms", "× the present tile", "useful TFLOP/s", "density", "density of its blocks", "candidates"]
+    header = ["dtype", "H", "kernel", "problem", "tile (q × k)", "warps", "stages", *figures]
+    lines += ["", tabulate(_rows(content), header, tablefmt="pipe", disable_numparse=True)]
+    left_out = Counter(re.sub(r"\b\d[\d.]*(e[+-]?\d+)?\b", "#", r["message"]) for r in content["records"] if r["status"] != "ok")
+    lines += ["", "Left out:", *(f"- {count} × {message}" for message, count in left_out.most_common())] if left_out else []
+    missing = [f"{dtype} H={H} {kernel}" for dtype, H, kernel in wanted(s) if [dtype, H, kernel] not in content["done"]]
+    lines += ["", f"Not all candidates measured: {', '.join(missing)}."] if missing else []
+    rate = [f"{r / 1e12:.2f}" for r in content["matmul_flops_per_s"]]
+    code = f"jax {p['jax']}, attn_zoo {str(p['git_commit'])[:10]}{' with local changes' if p['git_dirty'] else ''}, {p['date'][:10]}"
+    measured = f"Matrix product {' to '.join(rate)} TFLOP/s. Medians of {s['rounds']} interleaved rounds."
+    lines += ["", f"{p['device_kind']} ({p['cpu']}), {code}. {measured}"]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(content: dict) -> Iterator[list]:
+    s, length = content["settings"], content["settings"]["T"]
+    for (dtype, H, kernel), tiles in medians(content).items():
+        tile = choice(tiles)
+        for problem, pattern in problems(s).items():
+            here = [r for r in content["records"] if (r["dtype"], r["H"], r["kernel"], r["problem"]) == (dtype, H, kernel, problem)]
+            present = next((Tile(*r["tile"]) for r in here if r["present"]), None)
+            pairs, seconds = count_pairs(pattern, length, length), tiles[tile][problem]
+            computed = block_mask(pattern, length, length, tile.q_block, tile.k_block).computed_pairs
+            yield [
+                *(dtype, H, kernel, problem),
+                *(f"{tile.q_block} × {tile.k_block}", tile.num_warps, tile.num_stages),
+                f"{seconds * 1e3:.3f}",
+                f"{tiles[present][problem] / seconds:.2f}×" if present in tiles else "–",
+                f"{2 * PRODUCTS[kernel] * pairs * s['B'] * s['N'] * H / seconds / 1e12:.1f}",
+                *(f"{pairs / length**2:.4f}", f"{computed / length**2:.4f}"),
+                f"{sum(r['status'] == 'ok' for r in here)} of {len(here)}",
+            ]
+
+
+def wanted(settings: dict) -> list[tuple[str, int, str]]:
+    return list(itertools.product(settings["dtypes"], settings["head_dims"], KERNELS))
+
+
+def settings() -> dict:
+    """What was asked for. Raises UserError for what no kernel takes."""
+    for dtype in DTYPES.value:
+        check_choice("--dtypes", dtype, [jnp.dtype(x).name for x in pallas_attention.DTYPES])
+    for H in numbers(HEAD_DIMS):
+        check(H <= MOST_HEAD_DIM, "--head_dims", H, f"must be at most {MOST_HEAD_DIM}")
+    for flag, least in ((BLOCKS, LEAST), (WARPS, 1)):
+        for n in numbers(flag):
+            rule = f"must be a power of two of at least {least}; nearest: {max(power_of_two(n), least)}"
+            check(n >= least and n == power_of_two(n), f"--{flag.name}", n, rule)
+    lists = {flag.name: numbers(flag) for flag in (HEAD_DIMS, BLOCKS, WARPS, STAGES)}
+    return {f.name: f.value for f in (*INTEGERS, INTERPRET, DTYPES)} | lists
+
+
+def numbers(flag) -> list[int]:
+    for text in flag.value:
+        check(text.isdecimal() and int(text) > 0, f"--{flag.name}", text, "must be a whole number of at least 1")
+    return [int(text) for text in flag.value]
+
+
+def main(_) -> None:
+    try:
+        run(Path(OUT.value))
+    except UserError as e:
+        print(f"tune.py: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run(out: Path) -> None:
+    """Measures what is not measured yet, unless told to report only, and writes records.json, table.md and tuning.json into `out`."""
+    path = out / "records.json"
+    if not REPORT_ONLY.value:
+        device = jax.default_backend()
+        rule = f"these are kernels for NVIDIA GPUs, and this runs on {device}; with --interpret, small sizes can be tried anywhere"
+        check(INTERPRET.value or device == "gpu", "--interpret", False, rule)
+        pallas_attention.INTERPRET = INTERPRET.value
+        measure_all(path, time.monotonic() + 60 * (math.inf if MINUTES.value is None else MINUTES.value))
+    if not path.exists():
+        raise UserError(f"there is no {path}, and nothing was measured")
+    content = json.loads(path.read_text())
+    check(not (WRITE.value and content["settings"]["interpret"]), "--write", True, "interpreted kernels say nothing about a device")
+    for name, text in (("table.md", table(content)), ("tuning.json", text_of(tuned(content)) + "\n")):
+        (out / name).write_text(text)
+    if WRITE.value:
+        tuning.PATH.write_text(text_of(tuned(content)) + "\n")
+    print(table(content))
+
+
+def measure_all(path: Path, deadline: float) -> None:
+    """Adds to the records at `path` what they lack, if they are of the same settings, code and device; else begins anew."""
+    content = {"settings": settings(), "provenance": provenance.collect(), "matmul_flops_per_s": [], "done": [], "records": []}
+    if path.exists():
+        before = json.loads(path.read_text())
+        same = all(before["provenance"].get(key) == content["provenance"][key] for key in ("git_commit", "git_dirty", "cpu", "device_kind"))
+        if before["settings"] == content["settings"] and same and not before["provenance"]["git_dirty"]:
+            content = before
+    for dtype, H, kernel in wanted(content["settings"]):
+        if [dtype, H, kernel] in content["done"] or time.monotonic() > deadline:
+            continue
+        content["matmul_flops_per_s"].append(matmul_flops_per_s(dtype))
+        records, complete = measure(kernel, dtype, H, deadline)
+        content["records"] = [r for r in content["records"] if (r["dtype"], r["H"], r["kernel"]) != (dtype, H, kernel)] + records
+        content["done"] += [[dtype, H, kernel]] if complete else []
+        _write(path, content)
+        print(f"{dtype}, H = {H}, {kernel}: {'done' if complete else 'out of time'}", file=sys.stderr, flush=True)
+
+
+def _write(path: Path, content: dict) -> None:
+    """A line a record."""
+    records = ",\n".join(json.dumps(r) for r in content["records"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content | {"records": []}, indent=1).replace('"records": []', f'"records": [\n{records}\n]') + "\n")
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    app.run(main)
