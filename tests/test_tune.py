@@ -19,16 +19,38 @@ SCRIPT = Path(__file__).parent.parent / "experiments" / "tune.py"
 SIZES = dict(B=1, N=1, T=32, window=8, dtypes="float32", head_dims=16, blocks=16, warps=4, stages=2, rounds=1)
 
 
-def run(out, *options, **sizes):
+# tune.py, where tiles of 16 queries fail in one kernel and compute something else in another.
+BROKEN = f"""
+import runpy
+from attn_zoo.ops.pallas_attention import Run
+
+dq, dkv = Run.dq, Run.dkv
+
+def failing(self, *args):
+    if self.tile.q_block == 16:
+        raise RuntimeError(f"shared memory: {{len(self.mask.part_block)}} bytes")
+    return dq(self, *args)
+
+def wrong(self, *args):
+    dk, dv = dkv(self, *args)
+    return dk, dv.at[0, 0, 0, 0].set(float("nan")) if self.tile.q_block == 16 else dv
+
+Run.dq, Run.dkv = failing, wrong
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+"""
+
+
+def run(out, *options, script=None, **sizes):
     """In a process of its own: absl's flags are global, and launch.py has some of the same names."""
-    command = [sys.executable, str(SCRIPT), f"--out={out}", *options, *(f"--{name}={value}" for name, value in sizes.items())]
+    command = [sys.executable, *([str(SCRIPT)] if script is None else ["-c", script])]
+    command += [f"--out={out}", *options, *(f"--{name}={value}" for name, value in sizes.items())]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENV)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tune")
-    process = run(folder, "--interpret", **SIZES)
+    process = run(folder, "--interpret", script=BROKEN, **SIZES)
     assert process.returncode == 0, process.stderr
     return folder
 
@@ -38,13 +60,15 @@ def read(folder):
 
 
 def test_every_tile_that_computes_what_xla_does_is_timed(folder):
-    records = read(folder)["records"]
-    for kernel in KERNELS:
-        for problem in ("causal", "window"):
-            tiles = [tuple(r["tile"]) for r in records if (r["kernel"], r["problem"]) == (kernel, problem)]
-            assert sorted(tiles) == [(16, 16, 4, 2), (32, 32, 4, 2)], "the candidate and the present tile, the default of float32"
-    assert all(r["status"] == "ok" and r["speed"]["median_s"] > 0 for r in records)
-    assert all(r["present"] == (r["tile"][0] == 32) for r in records)
+    status = {"forward": "ok", "dq": "failed", "dkv": "wrong"}  # of the tile of 16; the present one is the default of float32
+    found = {(r["kernel"], r["problem"], *r["tile"], r["present"]): r for r in read(folder)["records"]}
+    assert {key: r["status"] for key, r in found.items()} == {
+        (kernel, problem, size, size, 4, 2, size == 32): "ok" if size == 32 else status[kernel]
+        for kernel in KERNELS
+        for problem in ("causal", "window")
+        for size in (16, 32)
+    }
+    assert all(r["speed"]["median_s"] > 0 if r["status"] == "ok" else r["message"] for r in found.values())
 
 
 def test_the_choice_is_the_fastest_and_ops_tuning_reads_it(folder, monkeypatch):
@@ -57,7 +81,7 @@ def test_the_choice_is_the_fastest_and_ops_tuning_reads_it(folder, monkeypatch):
         chosen = tuning.tile(kernel, CAUSAL, 2**16, 2**16, jnp.float32, 16, device=device)
         seconds = {}
         for r in content["records"]:
-            if r["kernel"] == kernel:
+            if r["kernel"] == kernel and r["status"] == "ok":
                 seconds.setdefault(Tile(*r["tile"]), []).append(r["speed"]["median_s"])
         assert math.prod(seconds[chosen]) == min(map(math.prod, seconds.values()))
         for H, dtype in ((64, jnp.float32), (16, jnp.bfloat16)):  # not measured
@@ -69,15 +93,12 @@ def test_the_table_follows_from_the_records_and_counts_what_is_left_out(folder, 
     assert run(tmp_path, "--report_only").returncode == 0
     assert (tmp_path / "table.md").read_text() == (folder / "table.md").read_text()
     content = read(folder)
-    failed = [r for r in content["records"] if r["kernel"] == "dq" and r["tile"][0] == 16]
-    for n, r in enumerate(failed):
-        r |= {"status": "failed", "message": f"XlaRuntimeError: shared memory: {1000 + n} bytes"}
     content["done"].remove(["float32", 16, "dkv"])
     (tmp_path / "records.json").write_text(json.dumps(content))
     assert run(tmp_path, "--report_only").returncode == 0
-    text, entries = (tmp_path / "table.md").read_text(), json.loads((tmp_path / "tuning.json").read_text())
-    assert "- 2 × XlaRuntimeError: shared memory: # bytes" in text and "1 of 2" in text and "Not all candidates measured: float32 H=16 dkv." in text
-    assert entries[content["provenance"]["device_kind"]]["float32"]["16"]["dq"][0] == 32, "a tile that fails is none to choose"
+    text, unfinished = (tmp_path / "table.md").read_text(), "Not all candidates measured: float32 H=16 dkv."
+    for line in ("2 × RuntimeError: shared memory: # bytes", "2 × differs from XLA by nan of the largest value", unfinished):
+        assert line in text
 
 
 @pytest.mark.parametrize(

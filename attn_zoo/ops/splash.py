@@ -97,7 +97,7 @@ def block_sizes(pattern: Pattern, T: int, S: int) -> tuple[int, int]:
     return q_block, k_block
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def mask_of(pattern: Pattern, T: int, S: int, q_block: int, k_block: int) -> "PatternMask":
     """The pattern over T queries and S keys, padded to whole blocks. Splash evaluates what has a `mask_function` inside the kernel."""
     mask = PatternMask(pattern, T, S, q_block, k_block)
