@@ -7,6 +7,7 @@ nothing is kept but the inputs. They are compiled by Pallas' Triton backend, lik
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +20,24 @@ from attn_zoo.spec import Unsupported
 
 INTERPRET = False  # tests set it: the kernels then run on any device, slowly
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
-MOST_CORRECTED = 256  # features of a delta rule, whose programs hold all of them at once
+MOST_CORRECTED = 128  # features of a delta rule, whose programs hold all of them at once: with 256, compiled ones spill kilobytes a thread
 
-# Not timed against others on a GPU yet: small enough for the shared memory of any since compute capability 8.0.
 CHUNK = 64  # positions
-TILE = {2: 64, 4: 32}  # features or values of a tile, by the bytes of a factor
-STATE_TILE = 32  # of the states' kernel, whose programs are few, as each goes through the whole sequence
-WARPS, STAGES = 4, 2
+
+
+class Tiling(NamedTuple):
+    """Features and values of a tile, powers of two; warps of a program; stages of its load pipeline."""
+
+    features: int
+    values: int
+    warps: int
+    stages: int
+
+
+# None has been timed on a GPU yet. Compiled for compute capability 8.6 and 9.0 they keep to its shared memory and spill few registers or none.
+STATES = Tiling(32, 32, 4, 2)  # small, since its programs are few: each goes through the whole sequence
+CORRECTED = Tiling(32, 16, 8, 1)  # of a program with all features
+CHUNKS = {2: Tiling(64, 64, 4, 2), 4: Tiling(32, 32, 8, 2)}  # by the bytes of a factor
 
 
 def serves(dtype, corrected: int = 0) -> bool | str:
@@ -55,9 +67,9 @@ def causal_sums(
 def corrected_sums(
     q_BTNR: Float[Array, "B T N R"], k_BTKR: Float[Array, "B T K R"], w_BTKR: Float[Array, "B T K R"], u_BTKH: Float[Array, "B T K H"], *, chunk: int
 ) -> Float[Array, "B T N H"]:
-    """sum_{j <= t} (q_t'k_j) x_j, float32, where x = u - w'S, S the state before the chunk, a power of two of at least 16. See ops.delta, and `wy_form` there.
+    """sum_{j <= t} (q_t'k_j) x_j, float32, with x = u - w'S, S the state before each chunk. See ops.delta, and `wy_form` there.
 
-    Raises Unsupported, with the reason, for what `serves` refuses.
+    chunk: positions, a power of two of at least 16. Raises Unsupported, with the reason, for what `serves` refuses.
     """
     form, _, (q, k, w, u) = _whole(chunk, q_BTNR, k_BTKR, w_BTKR, u_BTKH, corrected=k_BTKR.shape[3])
     return _scan(form, False, q, k, u, None, w)[0][:, : q_BTNR.shape[1], :, : u_BTKH.shape[3]]
@@ -75,11 +87,17 @@ def _whole(chunk: int, *arrays, corrected: int = 0):
     if reason is not True:
         raise Unsupported(f"the Pallas kernels cannot serve here: {reason}")
     (T, _, R), H = arrays[0].shape[1:], arrays[-1].shape[3]
-    fit = lambda size: max(LEAST, min(TILE[2 if dtype == jnp.bfloat16 else 4], power_of_two(size)))
-    form = Form(chunk_of(T, chunk), fit(R), fit(H), jnp.dtype(dtype))
+    tiling = _tiling(dtype)
+    fit = lambda most, size: max(LEAST, min(most, power_of_two(size)))
+    form = Form(chunk_of(T, chunk), fit(tiling.features, R), fit(tiling.values, H), jnp.dtype(dtype))
     ceil = lambda size, step: -(-size // step) * step
     length, R, H = ceil(T, form.chunk), ceil(R, form.r_tile), ceil(H, form.h_tile)
     return form, length, [_pad(x.astype(dtype), {1: length, 3: H if x is arrays[-1] else R}) for x in arrays]
+
+
+def _tiling(dtype) -> Tiling:
+    """Of what takes a chunk at once."""
+    return CHUNKS[2 if dtype == jnp.bfloat16 else 4]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -141,17 +159,15 @@ class _Kernels:
 
     def _states(self, given, correction, L, normed: bool, reverse: bool):
         """Of given (k, v, one) and correction (write, read, offset)."""
-        tile = lambda size: min(STATE_TILE, size)
-        form = dataclasses.replace(self.form, r_tile=tile(self.form.r_tile), h_tile=tile(self.form.h_tile))
         k, v, one = given
-        if correction is None:
-            (write, read, offset), features, r, stages = (None, None, None), "r", self.R // form.r_tile, STAGES
-        else:  # all tiles of features in a program, and in its shared memory, where more than one stage would not fit
-            (write, read, offset), features, r, stages = correction, "R", 1, 1
-        inputs = [(L, "bnT"), (k, f"bTg{features}"), (v, "bTgh"), (one, "bgT"), (write, "bTnR"), (read, "bTnR"), (offset, "bTnh")]
-        outputs = [(form.factor, f"bnC{features}h"), (jnp.float32 if normed else None, f"ybnC{features}"), (None if correction is None else form.dtype, "bTnh")]
+        write, read, offset = correction or (None, None, None)
+        tiling = CORRECTED if correction else STATES
+        form = dataclasses.replace(self.form, r_tile=min(tiling.features, self.form.r_tile), h_tile=min(tiling.values, self.form.h_tile))
+        part, r = ("R", 1) if correction else ("r", self.R // form.r_tile)
+        inputs = [(L, "bnT"), (k, f"bTg{part}"), (v, "bTgh"), (one, "bgT"), (write, "bTnR"), (read, "bTnR"), (offset, "bTnh")]
+        outputs = [(form.factor, f"bnC{part}h"), (jnp.float32 if normed else None, f"ybnC{part}"), (form.dtype if correction else None, "bTnh")]
         group = 1 if k is None else k.shape[2] // self.K
-        return self.call(states_kernel, inputs, outputs, self.K, r=r, h=self.H // form.h_tile, form=form, group=group, stages=stages, reverse=reverse)
+        return self.call(states_kernel, inputs, outputs, self.K, tiling, form, group=group, r=r, h=self.H // form.h_tile, reverse=reverse)
 
     def outputs(self, q, k, v, L, states, totals):
         """(o [B, T, N, H], norm [B, N, T] or None), float32."""
@@ -173,11 +189,11 @@ class _Kernels:
         dq, dk, dL = self.call(dqk_kernel, inputs, outputs, self.K, r=self.R // self.form.r_tile, i=self.C)
         return dq, dk, None if dL is None else dL.sum(axis=0)
 
-    def call(self, kernel, inputs, outputs, heads: int, *, r=1, h=1, i=1, form: Form | None = None, group: int | None = None, stages: int = STAGES, **static):
+    def call(self, kernel, inputs, outputs, heads, tiling: Tiling | None = None, form: Form | None = None, *, group=None, r=1, h=1, i=1, **static):
         """Runs `kernel` for r x h tiles, i chunks, these heads and all sequences. Outputs are (dtype, axes); an array or a dtype that is None is left out."""
         from jax.experimental.pallas import triton  # here, so that machines that never run it need not have it
 
-        form = self.form if form is None else form
+        tiling, form = tiling or _tiling(self.form.dtype), form or self.form
         G = self.N // self.K if group is None else group
         # Letter: (size, the part of one program, or None for a single one, which part that is).
         axes = {
@@ -205,7 +221,7 @@ class _Kernels:
             in_specs=[None if x is None else spec(letters) for x, letters in inputs],
             out_specs=tuple(None if dtype is None else spec(letters) for dtype, letters in outputs),
             out_shape=tuple(shape(*output) for output in outputs),
-            compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=stages),
+            compiler_params=triton.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
             interpret=INTERPRET,
             name=kernel.__name__,
         )(*(x for x, _ in inputs))

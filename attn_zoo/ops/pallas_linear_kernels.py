@@ -23,6 +23,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 
+FLOAT32 = lax.Precision.HIGHEST  # of products of float32 inputs; DotAlgorithmPreset.TF32_TF32_F32_X3 would give them to tensor cores, in three parts
+
+
 @dataclasses.dataclass(frozen=True)
 class Form:
     """What a kernel knows at compile time: positions of a chunk, features and values of a tile (powers of two, at least 16), and the inputs' dtype."""
@@ -39,7 +42,7 @@ class Form:
 
     def dot(self, a, b, a_axis: int, b_axis: int):
         """The product of two matrices over these axes, in float32. Of float32 inputs it is exact to float32, where the default would be TF32."""
-        precision = lax.Precision.HIGHEST if self.dtype == jnp.float32 else None
+        precision = FLOAT32 if self.dtype == jnp.float32 else None
         axes = ((a_axis,), (b_axis,)), ((), ())
         return lax.dot_general(a.astype(self.factor), b.astype(self.factor), axes, precision=precision, preferred_element_type=jnp.float32)
 
@@ -157,7 +160,8 @@ def dqk_kernel(decay_ref, q_ref, k_ref, v_ref, do_ref, dnorm_ref, state_ref, dst
     """One chunk of one key head, a tile of features: dq [c, G, r], dk [c, r], and these features' part of dL [c].
 
     Of q [c, G, r], k [c, r], v [c, H], do [c, G, H], dnorm [G, c], the state before the chunk and the gradient of the one after it, [r, H], and the same of
-    totals, [r]. exp(L_t) is a factor of all that q_t reads, 1 / exp(L_t) of all that k_t gives: dL_t = q_t'dq_t - k_t'dk_t; the last L of the rest too.
+    totals, [r]. exp(L_t) is a factor of all that q_t reads, 1 / exp(L_t) of all that k_t gives: dL_t = q_t'dq_t - k_t'dk_t. The last one is a factor of the
+    state that goes on, too.
     """
     c, H = v_ref.shape
     fade, k = Decay.read(decay_ref, 0, c), k_ref[...].astype(jnp.float32)
