@@ -6,7 +6,7 @@ READY := .venv/.ready-$(ACCELERATOR)
 PEERS_READY := .venv-peers/.ready
 CHECK_PYTHON = @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "attn_zoo needs Python 3.11 or later; this is " + sys.version.split()[0] + ". Try: make venv PYTHON=python3.11")'
 
-.PHONY: sweep test test-peers venv locks
+.PHONY: sweep test test-peers bench bench-gpu venv locks
 
 sweep: $(READY)
 	.venv/bin/python launch.py --config=experiments/seq_len.py --workdir=results/seq_len
@@ -17,6 +17,17 @@ test: $(READY)
 # Agreement with the PyTorch packages of others, on the CPU; without them `make test` skips these tests.
 test-peers: $(PEERS_READY)
 	.venv-peers/bin/python -m pytest tests/peers
+
+# Attention alone beside the PyTorch packages of others: the table of experiments/results/core_bench, an hour on two cores.
+bench: $(PEERS_READY)
+	.venv-peers/bin/python experiments/core_bench.py --peers=all --seq_lens=1024,2048,4096
+
+# The same on an NVIDIA GPU, for head dims of 64 and 128: some ten minutes once the environments are there (make bench-gpu ACCELERATOR=cuda13).
+BLOCKED := full, local, global_window, block, strided, fixed, linear, performer, retention, delta
+GPU := --dtype=bfloat16 --tokens=32768 --N=16 --seq_lens=4096,8192,16384,32768 --variants='$(BLOCKED)' --jobs=12
+bench-gpu: $(PEERS_READY) $(READY)
+	.venv/bin/python experiments/core_bench.py $(GPU) --H=64 --minutes=4 --peers=all --peers_python=.venv-peers/bin/python --out=results/core_bench_gpu_64
+	.venv/bin/python experiments/core_bench.py $(GPU) --H=128 --minutes=4 --peers=all --peers_python=.venv-peers/bin/python --out=results/core_bench_gpu_128
 
 venv: $(READY)
 

@@ -55,13 +55,13 @@ def throughput(rows: list[Row], styles: dict) -> Figure | None:
         for r in rows
         if r.step_s and r.tokens_per_step
     ]
-    return _against_length(points, styles, "tokens / s", log=True)
+    return against_length(points, styles, "tokens / s", log=True)
 
 
 def memory(rows: list[Row], styles: dict) -> Figure | None:
     """Temporary memory of the train step against T, log-log; also of cells that did not fit."""
     points = [(r.variant, r.seq_len, *[r.temp_bytes / 2**20] * 3) for r in rows if r.temp_bytes]
-    return _against_length(points, styles, "temporary memory, MiB", log=True)
+    return against_length(points, styles, "temporary memory, MiB", log=True)
 
 
 def decode(rows: list[Row], styles: dict) -> Figure | None:
@@ -69,13 +69,13 @@ def decode(rows: list[Row], styles: dict) -> Figure | None:
     known = [r for r in rows if r.decode_step_s]
     rate = lambda r, seconds: r.decode_tokens_per_s * r.decode_step_s / seconds
     points = [(r.variant, r.seq_len, r.decode_tokens_per_s, rate(r, r.decode_step_s_p80), rate(r, r.decode_step_s_p20)) for r in known]
-    return _against_length(points, styles, "generated tokens / s", log=True)
+    return against_length(points, styles, "generated tokens / s", log=True)
 
 
 def state(rows: list[Row], styles: dict) -> Figure | None:
     """What generation keeps of a sequence against T, log-log."""
     points = [(r.variant, r.seq_len, *[r.state_bytes / 2**10] * 3) for r in rows if r.state_bytes]
-    return _against_length(points, styles, "state of a sequence, KiB", log=True)
+    return against_length(points, styles, "state of a sequence, KiB", log=True)
 
 
 def loss(rows: list[Row], styles: dict, title: str) -> Figure | None:
@@ -88,7 +88,7 @@ def loss(rows: list[Row], styles: dict, title: str) -> Figure | None:
     for row in rows:
         if row.status == "floor" and row.loss is not None:
             floors.setdefault(row.variant, []).extend((T, row.loss) for T in (lengths if row.seq_len is None else [row.seq_len]))
-    return _against_length(points, styles, title, log=False, floors=floors)
+    return against_length(points, styles, title, log=False, floors=floors)
 
 
 def probes(records: list[dict[str, Any]], styles: dict) -> Figure | None:
@@ -171,7 +171,7 @@ def mean_curve(records: list[dict[str, Any]], variant: str, T: int) -> tuple[lis
     return mean[0], smooth
 
 
-def _against_length(points: list[tuple], styles: dict, title: str, log: bool, floors: dict | None = None) -> Figure | None:
+def against_length(points: list[tuple], styles: dict, title: str, log: bool, floors: dict | None = None) -> Figure | None:
     """Points (variant, T, value, low, high) as one curve a variant with bars, T on a binary logarithmic axis."""
     if not points:
         return None

@@ -1,164 +1,95 @@
-"""Attention alone, against jax.nn.dot_product_attention in the same process: time and memory of forward, and forward + backward.
+"""Attention alone, side by side: every variant, JAX's own attention, PyTorch's and the packages of others, in one run; time and memory of forward, and forward + backward.
 
-    python experiments/core_bench.py                                          # every variant, B=1, N=8, H=64, f32, T = 1k to 8k
+    python experiments/core_bench.py                                          # every variant, B=1, N=8, H=64, f32, T = 1k to 8k, against jax.nn
+    make bench                                                                # with every peer that can be imported, in an environment of its own (--peers=all)
+    make bench-gpu ACCELERATOR=cuda13                                         # in bfloat16 to T = 32k, on an NVIDIA GPU
     python experiments/core_bench.py --variants='local(window=256)' --seq_lens=4096
-    python experiments/core_bench.py --report_only                            # the tables again, from the records alone
+    python experiments/core_bench.py --report_only                            # tables and figures again, from the records alone
 
 All candidates of one length are compiled first and then timed in interleaved rounds, so that a slow moment of the machine falls on all
-of them; medians with 20th and 80th percentile. Variants that cannot be causal run bidirectionally, and their row says so. Memory is what
-XLA allots beyond arguments and results. Exponents are least-squares slopes of log seconds (bytes) over log T. The last column gives the length from
-which on a variant is faster than `full` in the same direction: between two lengths measured, or predicted by the fits beyond the last.
+of them; medians with 20th and 80th percentile. PyTorch runs in a process of its own, which waits while JAX is timed, as JAX does while PyTorch is. Variants that cannot be
+causal run bidirectionally, and their row says so. A peer is set beside the variant that sees the same pairs, and those that come with their projections beside that
+variant with its own. What cannot run is a row with the reason. One record a candidate, length and mode; a length that has all its records is not measured again.
 """
 
+import hashlib
 import json
 import math
 import os
 import sys
 import time
-from collections import defaultdict
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from absl import app, flags
-from flax import nnx
-from tabulate import tabulate
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch's process needs memory of the same GPU
 
-from attn_zoo import VARIANTS, UserError, make_attention, provenance
+from absl import app, flags
+from bench import candidates, report
+from bench.candidates import Problem, TorchProcess, way
+from bench.rounds import MODES, measure
+from bench.single_pattern import single_pattern
+
+from attn_zoo import VARIANTS, UserError, provenance
 from attn_zoo.attention import find, parse_variants, variant_text
-from attn_zoo.measure import compile_timed, matmul_flops_per_s
-from attn_zoo.summary import crossover, predicted_crossover
+from attn_zoo.measure import copy_bytes_per_s, matmul_flops_per_s
+from attn_zoo.results import load_records, write_record
+from attn_zoo.spec import check, check_int
 
 VARIANT_SPECS = flags.DEFINE_string("variants", None, "Specs; by default every variant of the zoo.")
 SEQ_LENS = flags.DEFINE_list("seq_lens", ["1024", "2048", "4096", "8192"], "Sequence lengths.")
-BATCH, HEADS, HEAD_DIM = (flags.DEFINE_integer(*f) for f in (("B", 1, "Batch."), ("N", 8, "Heads."), ("H", 64, "Head dim.")))
+BATCH, HEADS, HEAD_DIM = (flags.DEFINE_integer(*f, lower_bound=1) for f in (("B", 1, "Batch."), ("N", 8, "Heads."), ("H", 64, "Head dim.")))
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "Of queries, keys and values.")
 CAUSAL = flags.DEFINE_bool("causal", True, "Causal where a variant can be.")
-ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed calls of each candidate, interleaved.")
-OUT = flags.DEFINE_string("out", "results/core_bench", "Folder for records.json and table.md.")
-REPORT_ONLY = flags.DEFINE_bool("report_only", False, "Write table.md again from records.json.")
+TOKENS = flags.DEFINE_integer("tokens", None, "Tokens of a batch, in place of --B: a batch of tokens / T.", lower_bound=1)
+ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed samples of each candidate, interleaved.", lower_bound=1)
+JOBS = flags.DEFINE_integer("jobs", 1, "Candidates compiled side by side; with more than one, compile times are not those of one alone.", lower_bound=1)
+MINUTES = flags.DEFINE_float("minutes", None, "Start no further length after so many.", lower_bound=0)
+PEERS = flags.DEFINE_enum("peers", "jax", ["none", "jax", "all"], "Whose attention to set beside it: JAX's (and tokamax, where installed), or that and PyTorch's and its packages.")
+PEERS_PYTHON = flags.DEFINE_string("peers_python", sys.executable, "The Python that has PyTorch, the packages and attn_zoo.")
+BACKENDS = flags.DEFINE_list("backends", ["auto"], "attention.backend of the variants, a row each: auto, xla, pallas, cudnn, ...")
+OUT = flags.DEFINE_string("out", "results/core_bench", "Folder for records, table.md and figures.")
+REPORT_ONLY = flags.DEFINE_bool("report_only", False, "Write tables and figures again from the records.")
 
-PEER = "jax.nn (xla)"
-MODES = ("forward", "forward_backward")
-
-
-def candidates(T: int, specs: list[str]) -> dict[str, tuple]:
-    """{name: (function of q, k, v, causal, forward FLOPs)}: the peer first; it and `full` in both directions if a variant needs it."""
-    shape = dict(num_heads=HEADS.value, head_dim=HEAD_DIM.value, max_len=T, dtype=jnp.dtype(DTYPE.value))
-    found, directions = {}, set()
-
-    def add(name, spec, causal):
-        attention = make_attention(spec, causal=causal, **shape)
-        graph, state = nnx.split(attention)
-        flops = attention.flops(BATCH.value, T, T)
-        found[name] = (lambda q, k, v: nnx.merge(graph, state)(q, k, v), causal, flops)
-        directions.add(causal)
-
-    for spec in specs:
-        add(spec, spec, CAUSAL.value and find(spec)[0].causal is True)
-    if "full" in specs and directions == {True, False}:
-        add(both_ways("full"), "full", False)
-    peers = {}
-    for causal in sorted(directions, reverse=True):
-        flops = 4.0 * BATCH.value * HEADS.value * HEAD_DIM.value * (T * (T + 1) / 2 if causal else T * T)
-        call = lambda q, k, v, causal=causal: jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="xla")
-        peers[PEER if causal == CAUSAL.value else both_ways(PEER)] = (call, causal, flops)
-    return peers | found
+# Of the packages of others and of the variants beside them: their defaults, or what their papers use.
+SIZES = {"window": 256, "block": 64, "features": 256, "rank": 256, "landmarks": 64}
+REFERENCE = "jax.nn (xla)"
 
 
-def both_ways(name: str) -> str:
-    """The name of a candidate that could be causal, run bidirectionally for the sake of those that cannot."""
-    return f"{name}, bidirectional"
+def rows_of(problem: Problem, specs: list[str], torch: TorchProcess | None) -> list:
+    """All candidates of one length; where two of the same name were asked for, one."""
+    qkv = candidates.heads(problem)
+    found = {}
+    add = lambda build, *args: args[1] in found or found.update({args[1]: build(*args)})
+    for backend in BACKENDS.value:
+        for spec, causal in directed(specs):
+            mark = "" if backend == "auto" else f" [{backend}]"
+            both = ", bidirectional" if causal != CAUSAL.value and spec == "full" else ""
+            add(candidates.variant, problem, spec + both + mark, spec, causal, qkv, backend)
+    peers = candidates.jax_peers(problem, SIZES["window"], qkv) if PEERS.value != "none" else []
+    peers += torch.candidates(problem) if torch else []
+    for peer in peers:
+        if peer.layer:
+            add(candidates.layer, problem, f"{peer.spec}{way(peer.causal)}, as a layer", peer.spec, peer.causal)
+        elif not any(c.spec == peer.spec and c.causal == peer.causal and not c.peer for c in found.values()):
+            add(candidates.variant, problem, f"{peer.spec}{way(peer.causal)}", peer.spec, peer.causal, qkv)
+    return [*peers, *found.values()]
 
 
-def measure(T: int, specs: list[str]) -> list[dict]:
-    """Records of all candidates and modes at one length."""
-    keys = jax.random.split(jax.random.key(0), 4)
-    q, k, v, do = (jax.random.normal(key, (BATCH.value, T, HEADS.value, HEAD_DIM.value)).astype(DTYPE.value) for key in keys)
-    records, calls = [], []
-    for name, (function, causal, flops) in candidates(T, specs).items():
-
-        def both(q, k, v, do, function=function):
-            o, pull = jax.vjp(function, q, k, v)
-            return o, pull(do)
-
-        for mode, call, args in (("forward", function, (q, k, v)), ("forward_backward", both, (q, k, v, do))):
-            record = {"name": name, "seq_len": T, "mode": mode, "causal": causal, "flops": flops * (1 if mode == "forward" else 3), "status": "ok"}
-            records.append(record)
-            try:
-                compiled, record["compile"] = compile_timed(jax.jit(call), *args)
-                jax.block_until_ready(compiled(*args))
-            except Exception as e:  # a row with the reason, whatever it is
-                record |= {"status": "failed", "message": f"{type(e).__name__}: {str(e).splitlines()[0]}"}
-                continue
-            record["temp_bytes"] = compiled.memory_analysis().temp_size_in_bytes
-            calls.append((record, compiled, args, []))
-    for _ in range(ROUNDS.value):
-        for _, compiled, args, seconds in calls:
-            start = time.perf_counter()
-            jax.block_until_ready(compiled(*args))
-            seconds.append(time.perf_counter() - start)
-    for record, _, _, seconds in calls:
-        p20, median, p80 = np.percentile(seconds, (20, 50, 80)).tolist()
-        record["speed"] = {"median_s": median, "p20_s": p20, "p80_s": p80, "n": len(seconds)}
-    return records
+def directed(specs: list[str]) -> list[tuple[str, bool]]:
+    """(spec, causal) of each; `full` in both directions if a variant needs it."""
+    found = [(spec, CAUSAL.value and find(spec)[0].causal is True) for spec in specs]
+    return found + [("full", False)] if "full" in specs and len({causal for _, causal in found}) == 2 else found
 
 
-def table(content: dict) -> str:
-    """Markdown: a table a mode (ms, times faster than the peer, memory), and exponents; from the records alone."""
-    s, p = content["settings"], content["provenance"]
-    lines = [f"Attention alone, B={s['B']}, N={s['N']}, H={s['H']}, {s['dtype']}, {'causal unless marked (b)' if s['causal'] else 'bidirectional'}."]
-    for mode in MODES:
-        records = [r for r in content["records"] if r["mode"] == mode]
-        lengths = sorted({r["seq_len"] for r in records})
-        by_name = defaultdict(dict)
-        for r in records:
-            by_name[r["name"]][r["seq_len"]] = r
-        peer_of = {r["causal"]: name for name, rs in by_name.items() if name.startswith(PEER) for r in rs.values()}
-        rows = []
-        for name, at in by_name.items():
-            causal = next(iter(at.values()))["causal"]
-            mark = " (b)" if s["causal"] and not causal and not name.endswith(both_ways("")) else ""
-            full = by_name.get("full" if causal == s["causal"] else both_ways("full"))
-            cells = (_cell(at.get(T), by_name[peer_of[causal]].get(T)) for T in lengths)
-            rows.append([f"`{name}`{mark}", *cells, *_slopes(at), "–" if full is None or at is full else _faster_from(at, full)])
-        header = ["", *(f"T = {T}" for T in lengths), "time exponent", "memory exponent", "faster than `full` from T"]
-        lines += ["", f"**{mode.replace('_', ' + ').capitalize()}**: ms (× faster than {PEER}), MiB of temporary memory", "", tabulate(rows, header, tablefmt="pipe", disable_numparse=True)]
-    rate = [f"{r / 1e9:.0f}" for r in content["matmul_flops_per_s"]]
-    lines += ["", f"{p['device_kind']} ({p['cpu']}), jax {p['jax']}, attn_zoo {str(p['git_commit'])[:10]}{' with local changes' if p['git_dirty'] else ''}, {p['date'][:10]}. Matrix product {' to '.join(rate)} GFLOP/s. Medians of {s['rounds']} interleaved rounds."]
-    return "\n".join(lines) + "\n"
+def patterns(specs: list[str], problem: Problem) -> list[tuple[str, bool]]:
+    """Those that are a single pattern, which flex_attention can be given."""
+    found = directed([*dict.fromkeys([*specs, candidates.plain(f"local(window={SIZES['window']})")])])
+    return [(spec, causal) for spec, causal in found if single_pattern(problem.attention(spec, causal), problem.T) is not None]
 
 
-def _cell(record: dict | None, peer: dict | None) -> str:
-    if record is None:
-        return "–"
-    if record["status"] != "ok":
-        return record["message"]
-    seconds = record["speed"]["median_s"]
-    ratio = f" ({peer['speed']['median_s'] / seconds:.1f}×)" if peer and peer["status"] == "ok" else ""
-    return f"{seconds * 1e3:.1f}{ratio}, {record['temp_bytes'] / 2**20:.0f}"
-
-
-def _faster_from(at: dict[int, dict], full: dict[int, dict]) -> str:
-    """From which T on a variant is faster than `full`: measured, interpolated, or where the two fits meet beyond the last length."""
-    lengths = [T for T in sorted(at) if at[T]["status"] == "ok" and T in full and full[T]["status"] == "ok"]
-    own, reference = ([curve[T]["speed"]["median_s"] for T in lengths] for curve in (at, full))
-    if not lengths:
-        return "–"
-    T = crossover(lengths, reference, own)
-    if T < math.inf:
-        return f"{T:.0f}" if T else f"≤ {lengths[0]}"
-    T = predicted_crossover(lengths, reference, own)
-    return f"{T:.2g}, by the fit" if T < math.inf else "never, by the fit"
-
-
-def _slopes(at: dict[int, dict]) -> list[str]:
-    ok = {T: r for T, r in at.items() if r["status"] == "ok"}
-    if len(ok) < 3:
-        return ["–", "–"]
-    curves = [r["speed"]["median_s"] for r in ok.values()], [max(r["temp_bytes"], 1) for r in ok.values()]
-    return [f"{np.polyfit(np.log(list(ok)), np.log(curve), 1)[0]:.2f}" for curve in curves]
+def cell_of(row, problem: Problem, mode: str) -> dict:
+    """What a record is of; `variant` is the name of its row."""
+    sizes = {"B": problem.B, "N": problem.N, "H": problem.H, "dtype": problem.dtype}
+    return {"variant": row.name, "seq_len": problem.T, "seed": 0, "mode": mode, "spec": row.spec, "causal": row.causal, "layer": row.layer, "peer": row.peer} | sizes
 
 
 def main(_) -> None:
@@ -170,36 +101,54 @@ def main(_) -> None:
 
 
 def run(out: Path) -> None:
-    """Measures what is not measured yet, unless told to report only, and writes records.json and table.md into `out`."""
-    path = out / "records.json"
+    """Measures what is not measured yet, unless told to report only, and writes records, tables and figures into `out`."""
     if not REPORT_ONLY.value:
         text = VARIANT_SPECS.value if VARIANT_SPECS.value is not None else ", ".join(VARIANTS)
         specs = [variant_text(entry) for entry in parse_variants(text)]
-        settings = {f.name: f.value for f in (BATCH, HEADS, HEAD_DIM, DTYPE, CAUSAL, ROUNDS)} | {"specs": specs}
-        content = {"settings": settings, "matmul_flops_per_s": [], "records": [], "provenance": provenance.collect()}
-        if path.exists():
-            before = json.loads(path.read_text())
-            same = all(before["provenance"].get(key) == content["provenance"][key] for key in ("git_commit", "git_dirty", "cpu"))
-            if before["settings"] == settings and same and not before["provenance"]["git_dirty"]:
-                content = before
-        for T in map(int, SEQ_LENS.value):
-            if T not in {r["seq_len"] for r in content["records"]}:
-                content["matmul_flops_per_s"].append(matmul_flops_per_s(DTYPE.value))
-                content["records"] += measure(T, specs)
-                _write(path, content)
+        lengths = [int(T) if T.isdigit() else T for T in SEQ_LENS.value]
+        for T in lengths:
+            check_int("--seq_lens", T, 2)
+        problem = lambda T: Problem(max(1, TOKENS.value // T) if TOKENS.value else BATCH.value, T, HEADS.value, HEAD_DIM.value, DTYPE.value)
+        settings = {f.name: f.value for f in (BATCH, HEADS, HEAD_DIM, DTYPE, CAUSAL, ROUNDS, TOKENS, JOBS)}
+        until = time.monotonic() + 60 * (math.inf if MINUTES.value is None else MINUTES.value)
+        torch = None
+        if PEERS.value == "all":
+            torch = TorchProcess(PEERS_PYTHON.value, settings | SIZES | {"patterns": patterns(specs, problem(max(lengths)))})
+        origin = provenance.collect()
+        for T in lengths:
+            if time.monotonic() > until:
+                print(f"T = {T} and more not begun: --minutes={MINUTES.value:g} are over; the same command goes on", file=sys.stderr)
+                break
+            measure_length(out, problem(T), specs, torch, {"settings": settings, "provenance": origin})
             print(f"T = {T} done", file=sys.stderr, flush=True)
-    if not path.exists():
-        raise UserError(f"--report_only: there is no {path}")
-    text = table(json.loads(path.read_text()))
-    (out / "table.md").write_text(text)
-    print(text)
+        if torch:
+            torch.close()
+    records = sorted(load_records(out), key=lambda r: (r["order"], r["cell"]["seq_len"]))
+    check(bool(records), "--out", str(out), "has no records yet; run without --report_only")
+    report.write(records, out, REFERENCE)
+    print((out / "table.md").read_text())
 
 
-def _write(path: Path, content: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
+def measure_length(out: Path, problem: Problem, specs: list[str], torch: TorchProcess | None, common: dict) -> None:
+    """Records of all candidates and modes at one length, unless they are there from the same commit and machine."""
+    rows = rows_of(problem, specs, torch)
+    ids = {(row.name, mode): hashlib.sha256(json.dumps(cell_of(row, problem, mode), sort_keys=True).encode()).hexdigest()[:12] for row in rows for mode in MODES}
+    if done(out, set(ids.values()), common):
+        return
+    rates = {"matmul_flops_per_s": matmul_flops_per_s(problem.dtype), "copy_bytes_per_s": copy_bytes_per_s()}
+    for order, (row, mode, outcome) in enumerate(measure(rows, ROUNDS.value, JOBS.value)):
+        flops = problem.attention(row.spec, row.causal).flops(problem.B, problem.T, problem.T) * (1 if mode == "forward" else 3)
+        work = {"order": order, "framework": row.framework, "flops": flops, "bytes": problem.bytes(mode), "plan": row.plan}
+        write_record(out, {"id": ids[row.name, mode], "status": outcome.pop("status"), "message": outcome.pop("message", ""), "cell": cell_of(row, problem, mode)} | work | outcome | rates | common)
+
+
+def done(out: Path, ids: set[str], common: dict) -> bool:
+    """Whether all of these records are there, from this commit without local changes, this machine and these settings."""
+    if common["provenance"]["git_dirty"] or not (out / "records").exists():
+        return False
+    found = {r["id"]: r for r in load_records(out)}
+    same = lambda r: r["settings"] == common["settings"] and all(r["provenance"].get(key) == common["provenance"][key] for key in ("git_commit", "git_dirty", "cpu", "device_kind"))
+    return ids <= found.keys() and all(same(found[id]) for id in ids)
 
 
 if __name__ == "__main__":

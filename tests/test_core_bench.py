@@ -1,27 +1,103 @@
-"""The committed core benchmark: its table is made from its records alone."""
+"""The side-by-side: every candidate leaves its record, ratios are those of the recorded times, and the committed table is made from its records alone."""
 
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
+import pytest
+
+from attn_zoo import VARIANTS, make_attention
+from attn_zoo.attention.base import softmax_reference
+from attn_zoo.attention.pattern import dense_mask
+from attn_zoo.results import load_records, write_record
+from tiny import ENV
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results" / "core_bench"
+LENGTHS = (32, 64, 128)
+sys.path.insert(0, str(ROOT / "experiments"))
+from bench.single_pattern import single_pattern
+
+T, N, H = 320, 2, 8
 
 
-def report_only(out):
+def run(out, *options):
     """In a process of its own: absl's flags are global, and launch.py has some of the same names."""
-    command = [sys.executable, str(ROOT / "experiments" / "core_bench.py"), "--report_only", f"--out={out}"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, str(ROOT / "experiments" / "core_bench.py"), f"--out={out}", *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENV)
 
 
-def test_the_committed_table_follows_from_the_records(tmp_path):
-    shutil.copy(RESULTS / "records.json", tmp_path)
-    process = report_only(tmp_path)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("core_bench")
+    lengths = ",".join(map(str, LENGTHS))
+    process = run(folder, "--variants=full, linformer(rank=4), local(window=256)", f"--seq_lens={lengths}", "--N=2", "--H=8", "--rounds=1")
+    assert process.returncode == 0, process.stderr
+    return folder
+
+
+def test_every_candidate_leaves_a_record_a_length_and_mode(folder):
+    records = load_records(folder)
+    names = {r["cell"]["variant"] for r in records}
+    assert names >= {"full", "full, bidirectional", "linformer(rank=4)", "local", "jax.nn (xla)", "jax.nn (xla), bidirectional", "jax.nn (cudnn): window", "tokamax"}
+    assert {(r["cell"]["variant"], r["cell"]["seq_len"], r["cell"]["mode"]) for r in records} == {(n, T, mode) for n in names for T in LENGTHS for mode in ("forward", "forward_backward")}
+    assert len(records) == 2 * len(names) * len(LENGTHS)
+
+
+def test_what_cannot_run_here_says_why(folder):
+    for r in load_records(folder):
+        runs = r["cell"]["variant"].startswith("jax.nn (xla)") or not r["cell"]["peer"]
+        assert r["status"] == ("ok" if runs else "unsupported") and bool(r["message"]) != runs, r["cell"]
+
+
+def test_ratios_exponents_and_rates_are_those_of_the_recorded_times(folder, tmp_path):
+    """Of times that grow as T^2, the peers' three times those of the variants."""
+    for r in load_records(folder):
+        if r["status"] == "ok":
+            seconds = 1e-3 * (r["cell"]["seq_len"] / 32) ** 2 * (3 if r["cell"]["peer"] else 1)
+            r |= {"speed": {"median_s": seconds, "p20_s": seconds, "p80_s": seconds, "n": 1}, "flops": 5e6 * seconds, "matmul_flops_per_s": 2e7}
+        write_record(tmp_path, r)
+    process = run(tmp_path, "--report_only")
+    assert process.returncode == 0, process.stderr
+    text = (tmp_path / "table.md").read_text()
+    assert text.count("3.0 / 1.0 (3.00×)") == 4 and text.count("48.0 / 16.0 (3.00×)") == 4  # both directions and modes
+    [row] = [line for line in text.splitlines() if line.startswith("| `linformer(rank=4)` (b)")][:1]
+    assert "16.0 (3.0×)" in row and "| 2.00 " in row
+    assert "25 %" in text.split("**Rates at T = 128**")[1]
+
+
+def test_the_committed_table_and_figures_follow_from_the_records(tmp_path):
+    shutil.copytree(RESULTS / "records", tmp_path / "records")
+    process = run(tmp_path, "--report_only")
     assert process.returncode == 0, process.stderr
     assert (tmp_path / "table.md").read_text() == (RESULTS / "table.md").read_text()
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {path.name for path in (RESULTS / "figures").iterdir()}
 
 
-def test_without_records_there_is_one_line(tmp_path):
-    process = report_only(tmp_path)
-    assert process.returncode == 2 and process.stderr.count("\n") == 1 and "there is no" in process.stderr
+DIRECTED = [(name, causal) for name, v in VARIANTS.items() for causal in (True, False) if not causal or v.causal is True]
+ATTENTIONS = {f"{name}-{'causal' if causal else 'bidirectional'}": make_attention(name, num_heads=N, head_dim=H, max_len=T, causal=causal) for name, causal in DIRECTED}
+PATTERNS = {name: pattern for name, attention in ATTENTIONS.items() if (pattern := single_pattern(attention, T)) is not None}
+
+
+def test_these_are_single_patterns():
+    both = {"full", "local", "block", "block_local", "global_window"}
+    assert PATTERNS.keys() == {f"{name}-{way}" for name in both for way in ("causal", "bidirectional")} | {f"{name}-causal" for name in ("strided", "dilated", "fixed", "axial")}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_a_variant_is_the_softmax_over_its_single_pattern(name):
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 1, T, N, H))
+    np.testing.assert_allclose(ATTENTIONS[name].reference(q, k, v), softmax_reference(q, k, v, dense_mask(PATTERNS[name], T, T)), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [(["--report_only"], "has no records yet"), (["--seq_lens=1"], "--seq_lens=1"), (["--peers=all", "--peers_python=/nowhere/python"], "--peers_python=/nowhere/python")],
+    ids=["no_records", "a_length_of_1", "no_such_python"],
+)
+def test_bad_input_is_one_line(tmp_path, options, said):
+    process = run(tmp_path, *options)
+    assert process.returncode == 2 and process.stderr.strip().count("\n") == 0 and said in process.stderr

@@ -645,7 +645,7 @@ def test_the_documented_record_is_one():
     assert example.keys() | inner <= words, (example.keys() | inner) - words
 
 
-COMMITTED = sorted(path.parent for path in (ROOT / "experiments" / "results").glob("*/records"))
+COMMITTED = sorted(path.parent for path in (ROOT / "experiments" / "results").glob("*/sweep.json"))
 
 
 @pytest.mark.parametrize("workdir", COMMITTED, ids=lambda path: path.name)

@@ -1,0 +1,205 @@
+"""What core_bench.py times: every variant, JAX's own attention, and by a process of its own that of PyTorch; each as a row with the same two methods.
+
+A candidate's `prepare(mode)` compiles and calls it once and says how long that took; its `seconds(mode, calls)` is the time of one call, the mean of so many.
+"""
+
+import dataclasses
+import importlib
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attn_zoo import make_attention
+from attn_zoo.attention import parse_variant, variant_text
+from attn_zoo.measure import compile_timed
+from attn_zoo.models.multi_head import MultiHeadAttention
+from attn_zoo.spec import UserError
+
+
+class CannotRun(Exception):
+    """The reason why there is no time for a row."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What all candidates of one length share."""
+
+    B: int
+    T: int
+    N: int
+    H: int
+    dtype: str
+
+    def attention(self, spec: str, causal: bool, backend: str = "auto"):
+        """The variant at these sizes."""
+        return make_attention(spec, num_heads=self.N, head_dim=self.H, max_len=self.T, causal=causal, dtype=jnp.dtype(self.dtype), backend=backend)
+
+    def bytes(self, mode: str) -> float:
+        """Least traffic: every argument and every result of attention once; q, k, v and o, and with gradients those of q, k, v and o too."""
+        return float((4 if mode == "forward" else 8) * self.B * self.T * self.N * self.H * jnp.dtype(self.dtype).itemsize)
+
+
+class Jax:
+    """A function of arrays, compiled by XLA."""
+
+    framework = "jax"
+
+    def __init__(self, name: str, function: Callable, args: tuple, *, spec: str, causal: bool, layer: bool = False, peer: bool = False, plan: dict | None = None):
+        self.name, self.spec, self.causal, self.layer, self.peer, self.plan = name, spec, causal, layer, peer, plan or {}
+        self._function, self._args, self._compiled = function, args, {}
+
+    def prepare(self, mode: str) -> dict[str, Any]:
+        """{'compile': seconds of lowering and compiling, 'temp_bytes'}. Raises CannotRun."""
+        try:
+            call, args = (self._function, self._args) if mode == "forward" else (self._both, (*self._args, self._cotangent()))
+            compiled, seconds = compile_timed(jax.jit(call), *args)
+            jax.block_until_ready(compiled(*args))
+        except CannotRun:
+            raise
+        except Exception as e:  # a row with the reason, whatever it is
+            raise CannotRun(f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"[:300]) from None
+        self._compiled[mode] = compiled, args
+        return {"compile": seconds, "temp_bytes": compiled.memory_analysis().temp_size_in_bytes}
+
+    def seconds(self, mode: str, calls: int) -> float:
+        compiled, args = self._compiled[mode]
+        start = time.perf_counter()
+        for _ in range(calls):
+            o = compiled(*args)
+        jax.block_until_ready(o)
+        return (time.perf_counter() - start) / calls
+
+    def _both(self, *args):
+        *args, do = args
+        o, pull = jax.vjp(self._function, *args)
+        return o, pull(do)
+
+    def _cotangent(self):
+        o = jax.eval_shape(self._function, *self._args)
+        return jax.random.normal(jax.random.key(3), o.shape).astype(o.dtype)
+
+
+def heads(problem: Problem) -> tuple:
+    """Random q, k, v [B, T, N, H]."""
+    shape = problem.B, problem.T, problem.N, problem.H
+    return tuple(jax.random.normal(key, shape).astype(problem.dtype) for key in jax.random.split(jax.random.key(0), 3))
+
+
+def variant(problem: Problem, name: str, spec: str, causal: bool, qkv: tuple, backend: str = "auto") -> Jax:
+    """A variant of the zoo between its projections."""
+    attention = problem.attention(spec, causal, backend)
+    graph, state = nnx.split(attention)
+    return Jax(name, lambda q, k, v: nnx.merge(graph, state)(q, k, v), qkv, spec=spec, causal=causal, plan=attention.plan(problem.T, problem.T))
+
+
+def layer(problem: Problem, name: str, spec: str, causal: bool) -> Jax:
+    """A variant with its projections, [B, T, N H] to [B, T, N H]; gradients to input and parameters."""
+    attention, D = problem.attention(spec, causal), problem.N * problem.H
+    module = MultiHeadAttention(attention, D=D, rngs=nnx.Rngs(0))
+    graph, params, rest = nnx.split(module, nnx.Param, ...)
+    params = jax.tree.map(lambda x: x.astype(problem.dtype), params)
+    x = jax.random.normal(jax.random.key(0), (problem.B, problem.T, D)).astype(problem.dtype)
+    call = lambda params, x: nnx.merge(graph, params, rest)(x)
+    return Jax(name, call, (params, x), spec=spec, causal=causal, layer=True, plan=attention.plan(problem.T, problem.T))
+
+
+def jax_peers(problem: Problem, window: int, qkv: tuple) -> list[Jax]:
+    """JAX's own attention and tokamax's, each as the variant that sees the same pairs; one that cannot run says why when it is prepared."""
+    local = plain(f"local(window={window})")
+    found = []
+    for causal in (True, False):
+        for implementation in ("xla", "cudnn"):
+            call = _partial(jax.nn.dot_product_attention, is_causal=causal, implementation=implementation)
+            found.append(Jax(f"jax.nn ({implementation}){way(causal)}", call, qkv, spec="full", causal=causal, peer=True))
+        found.append(Jax(f"tokamax{way(causal)}", _partial(_tokamax, is_causal=causal), qkv, spec="full", causal=causal, peer=True))
+        found.append(Jax(f"jax pallas{way(causal)}", _partial(_pallas_mha, causal=causal), qkv, spec="full", causal=causal, peer=True))
+    call = _partial(jax.nn.dot_product_attention, is_causal=True, local_window_size=(window, 0), implementation="cudnn")
+    found.append(Jax("jax.nn (cudnn): window", call, qkv, spec=local, causal=True, peer=True))
+    return found
+
+
+def plain(spec: str) -> str:
+    """A spec in the form that rows are named by."""
+    return variant_text(parse_variant(spec))
+
+
+def way(causal: bool) -> str:
+    """What a name says of its direction."""
+    return "" if causal else ", bidirectional"
+
+
+def _partial(function, **options):
+    return lambda q, k, v: function(q, k, v, **options)
+
+
+def _tokamax(q, k, v, *, is_causal):
+    return importlib.import_module("tokamax").dot_product_attention(q, k, v, is_causal=is_causal)
+
+
+def _pallas_mha(q, k, v, *, causal):
+    if jax.default_backend() != "gpu":
+        raise CannotRun("its kernels are for GPUs")
+    return importlib.import_module("jax.experimental.pallas.ops.gpu.attention").mha(q, k, v, None, sm_scale=q.shape[-1] ** -0.5, causal=causal)
+
+
+class TorchProcess:
+    """The process of torch_worker.py, run by `python`, which need not be this one."""
+
+    def __init__(self, python: str, settings: dict[str, Any]):
+        self.reason = None
+        script = Path(__file__).with_name("torch_worker.py")
+        try:
+            self._process = subprocess.Popen([python, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        except OSError as e:
+            raise UserError(f"--peers_python={python}: {e.strerror}; it must be a Python that has torch and attn_zoo, as .venv-peers/bin/python") from None
+        self.peers = self.ask("list", **settings)
+
+    def ask(self, do: str, **arguments) -> Any:
+        """The answer. Raises UserError if the process has ended."""
+        try:
+            self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            raise UserError(f"the process of the PyTorch peers ended with status {self._process.wait()}; see what `{' '.join(self._process.args)}` says, or give --peers=none")
+        return json.loads(answer)
+
+    def candidates(self, problem: Problem) -> list["Torch"]:
+        """All of its peers at one length."""
+        self.ask("open", B=problem.B, T=problem.T)
+        return [Torch(self, **peer) for peer in self.peers]
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.stdin.close()
+        self._process.wait()
+
+
+class Torch:
+    """A peer that lives in the other process."""
+
+    framework, peer, plan = "torch", True, {}
+
+    def __init__(self, process: TorchProcess, name: str, spec: str, causal: bool, layer: bool, reason: str | None):
+        self.name, self.spec, self.causal, self.layer, self._reason, self._process = name, plain(spec), causal, layer, reason, process
+
+    def prepare(self, mode: str) -> dict[str, Any]:
+        """{'compile': seconds of building it and calling it once}. Raises CannotRun."""
+        if self._reason:
+            raise CannotRun(self._reason)
+        answer = self._process.ask("prepare", name=self.name, mode=mode)
+        if "reason" in answer:
+            raise CannotRun(answer["reason"])
+        return {"compile": {"first_call_s": answer["seconds"]}}
+
+    def seconds(self, mode: str, calls: int) -> float:
+        return self._process.ask("time", name=self.name, mode=mode, calls=calls)["seconds"]

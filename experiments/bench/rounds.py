@@ -1,0 +1,51 @@
+"""Candidates of one length, compiled first and then timed in interleaved rounds."""
+
+import concurrent.futures
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from bench.candidates import CannotRun
+
+MODES = ("forward", "forward_backward")
+LEAST_S = 0.005  # of a timed sample: shorter calls are made several times in one, so that dispatch and the clock weigh little
+PAUSE_S = 0.02  # after a change of process, so that the threads of the one no longer spin while the other is timed
+
+
+def measure(rows: list, rounds: int, jobs: int) -> Iterator[tuple[Any, str, dict]]:
+    """(row, mode, {'status', 'message' or 'speed', and what preparing gave}) of all, after all are timed; `jobs` are prepared side by side."""
+    each = [(row, mode) for row in rows for mode in MODES]
+    outcomes = prepared(each, jobs)
+    timed = []
+    for row, mode in each:
+        if outcomes[row, mode]["status"] == "ok":
+            timed.append((row, mode, max(1, math.ceil(LEAST_S / row.seconds(mode, 1))), []))
+    for _ in range(rounds):
+        before = None
+        for row, mode, calls, seconds in timed:
+            if row.framework != before:
+                time.sleep(PAUSE_S)
+                before = row.framework
+            seconds.append(row.seconds(mode, calls))
+    for row, mode, calls, seconds in timed:
+        p20, median, p80 = np.percentile(seconds, (20, 50, 80)).tolist()
+        outcomes[row, mode]["speed"] = {"median_s": median, "p20_s": p20, "p80_s": p80, "n": len(seconds), "calls": calls}
+    return ((row, mode, outcomes[row, mode]) for row, mode in each)
+
+
+def prepared(each: list[tuple], jobs: int) -> dict[tuple, dict]:
+    """What preparing gave, of every row and mode. The process of PyTorch prepares one after the other, beside those of JAX if these are more than one."""
+    with concurrent.futures.ThreadPoolExecutor(jobs) as ours, concurrent.futures.ThreadPoolExecutor(1) as theirs:
+        pools = {"jax": ours, "torch": ours if jobs == 1 else theirs}
+        futures = {(row, mode): pools[row.framework].submit(prepare, row, mode) for row, mode in each}
+        return {key: future.result() for key, future in futures.items()}
+
+
+def prepare(row: Any, mode: str) -> dict:
+    """The status of a row that is prepared, and what that gave."""
+    try:
+        return row.prepare(mode) | {"status": "ok"}
+    except CannotRun as e:
+        return {"status": "unsupported", "message": str(e)}

@@ -1,0 +1,310 @@
+"""PyTorch's side of core_bench.py, in a process of its own: its attention, and the packages of others, each call on request.
+
+Requests and answers are JSON, a line each, on standard input and output:
+    {"do": "list", settings} -> [{"name", "spec", "causal", "layer", "reason"}]      spec: the variant of this package that sees the same pairs
+    {"do": "open", "B", "T"} -> {}                                                   what comes next is of this batch and length
+    {"do": "prepare", "name", "mode"} -> {"seconds"} or {"reason"}                   builds and calls once: what it compiles is in there
+    {"do": "time", "name", "mode", "calls"} -> {"seconds"}                           of one call, the mean of so many
+
+A peer gets its inputs in the layout that it asks for, so that no copy of ours is timed. Those that come only with their projections (`layer`) get [B, T, N H],
+and gradients to input and parameters are taken.
+"""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # patterns are asked here, nothing is computed; the GPU belongs to the process that times JAX, and to PyTorch
+
+import dataclasses
+import functools
+import gc
+import importlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, it is no part of a package
+from bench.single_pattern import single_pattern
+
+from attn_zoo import make_attention
+from attn_zoo.ops.pallas_kernels import replace_tables
+from attn_zoo.ops.patterns import BlockTable, Pattern, table_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What all calls of one length share."""
+
+    B: int
+    T: int
+    N: int
+    H: int
+    dtype: torch.dtype
+    device: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """One row: `build(shape)` gives a function or module of q, k, v [B, N, T, H] (`layout` 'heads first') or [B, T, N, H], or of x [B, T, N H] if it is a layer."""
+
+    name: str
+    spec: str
+    causal: bool
+    build: Callable[[Shape], Callable]
+    layer: bool = False
+    layout: str = "heads first"
+    needs: tuple[str, ...] = ()
+    cuda: bool = False
+
+    def reason(self) -> str | None:
+        """Why it cannot run here, if it cannot."""
+        for name in self.needs:
+            try:
+                importlib.import_module(name)
+            except ImportError as e:
+                return f"{name} cannot be imported: {e}"
+        return "it needs an NVIDIA GPU" if self.cuda and not torch.cuda.is_available() else None
+
+
+def peers(settings: dict[str, Any]) -> list[Peer]:
+    """All of them; flex_attention once for every spec of `settings` that is a single pattern, in its direction."""
+    window, block, features, rank, landmarks = (settings[key] for key in ("window", "block", "features", "rank", "landmarks"))
+    found = [Peer(f"sdpa{_way(causal)}", "full", causal, functools.partial(_sdpa, causal)) for causal in (True, False)]
+    for spec, causal in settings["patterns"]:
+        found.append(Peer(f"flex_attention: {spec}{_way(causal)}", spec, causal, functools.partial(_flex, spec, causal)))
+    local = f"local(window={window})"
+    found += [
+        Peer("local-attention", local, True, functools.partial(_local_attention, window), needs=("local_attention",)),
+        Peer("Longformer (transformers)", local, False, functools.partial(_longformer, window), layer=True, needs=("transformers",)),
+        Peer("BigBird (transformers)", f"block(block={block}, global_blocks=2, random_blocks=3)", False, functools.partial(_bigbird, block), layer=True, needs=("transformers",)),
+        Peer("linformer", f"linformer(rank={rank}, share='heads')", False, functools.partial(_linformer, rank), layer=True, needs=("linformer",)),
+        Peer("nystrom-attention", f"nystrom(landmarks={landmarks}, residual_kernel=33)", False, functools.partial(_nystrom, landmarks), layer=True, needs=("nystrom_attention",)),
+        Peer("reformer-pytorch", f"lsh(num_hashes=4, bucket_size={block})", True, functools.partial(_reformer, block), layout="shared", needs=("reformer_pytorch",)),
+    ]
+    for causal in (True, False):
+        spec = f"performer(features={features})"
+        found.append(Peer(f"performer-pytorch{_way(causal)}", spec, causal, functools.partial(_performer, features, causal), needs=("performer_pytorch",)))
+    fla = dict(causal=True, layout="heads last", needs=("fla",), cuda=True)
+    found += [
+        Peer("flash-linear-attention: linear", "linear", build=functools.partial(_fla, "linear_attn", "chunk_linear_attn"), **fla),
+        Peer("flash-linear-attention: retention", "retention", build=functools.partial(_fla, "retention", "chunk_retention"), **fla),
+        Peer("flash-linear-attention: delta", "delta", build=functools.partial(_fla, "delta_rule", "chunk_delta_rule"), **fla),
+    ]
+    return found
+
+
+def _way(causal: bool) -> str:
+    return "" if causal else ", bidirectional"
+
+
+def _sdpa(causal, shape):
+    return functools.partial(torch.nn.functional.scaled_dot_product_attention, is_causal=causal)
+
+
+def _flex(spec, causal, shape):
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    attention = make_attention(spec, num_heads=shape.N, head_dim=shape.H, max_len=shape.T, causal=causal)
+    mask_mod = mask_mod_of(single_pattern(attention, shape.T), shape.device)
+    # Compiled, or it would make the whole T x T mask first.
+    make = torch.compile(create_block_mask) if shape.device == "cuda" else create_block_mask
+    block_mask = make(mask_mod, None, None, shape.T, shape.T, device=shape.device)
+    return functools.partial(torch.compile(flex_attention, dynamic=False), block_mask=block_mask)
+
+
+def mask_mod_of(pattern: Pattern, device: str) -> Callable:
+    """The pattern as flex_attention takes it: a function of batch, head, query and key, in PyTorch's arithmetic."""
+    ours = replace_tables(pattern, lambda table: _TorchTable(table, device))
+    return lambda b, n, i, j: ours.mask(i, j)
+
+
+class _TorchTable(Pattern):
+    """A BlockTable looked up in a table of whole blocks on the device."""
+
+    def __init__(self, table: BlockTable, device: str):
+        rows = table_rows(table)
+        seen = torch.zeros(len(rows), max(len(rows), int(rows.max(initial=0)) + 1), dtype=torch.bool)
+        for I, row in enumerate(rows):
+            seen[I, [J for J in row.tolist() if J >= 0]] = True
+        self.__dict__.update(block=table.block, seen=seen.to(device))
+
+    def mask(self, i, j):
+        return self.seen[i // self.block, j // self.block]
+
+
+def _local_attention(window, shape):
+    from local_attention import LocalAttention
+
+    return LocalAttention(window, causal=True, exact_windowsize=True, autopad=True, use_rotary_pos_emb=False)
+
+
+def _longformer(window, shape):
+    from transformers import LongformerConfig
+    from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
+
+    D = shape.N * shape.H
+    config = LongformerConfig(hidden_size=D, num_attention_heads=shape.N, attention_window=[2 * window], attention_probs_dropout_prob=0.0, num_hidden_layers=1)
+    nobody = torch.zeros(shape.B, shape.T, dtype=torch.bool, device=shape.device)
+    mask = torch.zeros(shape.B, shape.T, dtype=shape.dtype, device=shape.device)
+    layer = LongformerSelfAttention(config, layer_id=0).to(shape.device, shape.dtype)
+    return _Module(layer, lambda x: layer(x, mask, nobody, nobody, False)[0])
+
+
+def _bigbird(block, shape):
+    from transformers import BigBirdConfig
+    from transformers.models.big_bird.modeling_big_bird import BigBirdBlockSparseAttention, BigBirdModel
+
+    config = BigBirdConfig(
+        hidden_size=shape.N * shape.H, num_attention_heads=shape.N, block_size=block, num_random_blocks=3, max_position_embeddings=shape.T, attention_probs_dropout_prob=0.0
+    )
+    layer = BigBirdBlockSparseAttention(config, seed=0).train().to(shape.device, shape.dtype)  # in evaluation its random blocks are all the first
+    everything = torch.ones(shape.B, shape.T, dtype=shape.dtype, device=shape.device)
+    blocked, band, rows, keys = BigBirdModel.create_masks_for_block_sparse_attn(everything, block)
+    return _Module(layer, lambda x: layer(x, band_mask=band, from_mask=rows, to_mask=keys, from_blocked_mask=blocked, to_blocked_mask=blocked)[0])
+
+
+def _linformer(rank, shape):
+    from linformer.linformer import LinformerSelfAttention
+
+    return LinformerSelfAttention(shape.N * shape.H, shape.T, k=rank, heads=shape.N, dim_head=shape.H)
+
+
+def _nystrom(landmarks, shape):
+    from nystrom_attention import NystromAttention
+
+    return NystromAttention(shape.N * shape.H, shape.H, shape.N, num_landmarks=landmarks, residual=True, residual_conv_kernel=33)
+
+
+def _reformer(bucket, shape):
+    from reformer_pytorch.reformer_pytorch import LSHAttention
+
+    layer = LSHAttention(bucket_size=bucket, n_hashes=4, causal=True, random_rotations_per_head=True)
+    rows = lambda x: x.reshape(-1, *x.shape[2:])
+    return _Module(layer, lambda qk, v: layer(rows(qk), rows(v))[0].reshape(v.shape))
+
+
+def _performer(features, causal, shape):
+    from performer_pytorch.performer_pytorch import FastAttention
+
+    return FastAttention(shape.H, features, causal=causal)
+
+
+def _fla(module, name, shape):
+    run = getattr(importlib.import_module(f"fla.ops.{module}"), name)
+    if name == "chunk_delta_rule":
+        beta = torch.full((shape.B, shape.T, shape.N), 0.5, dtype=shape.dtype, device=shape.device)
+        return lambda q, k, v: run(q, torch.nn.functional.normalize(k, dim=-1), v, beta)[0]
+    return lambda q, k, v: run(q, k, v)[0]
+
+
+class _Module:
+    """A module called in another way than by itself; its parameters get gradients too."""
+
+    def __init__(self, module: torch.nn.Module, call: Callable):
+        self.module, self.call = module, call
+
+    def parameters(self):
+        return self.module.parameters()
+
+    def to(self, *args):
+        self.module.to(*args)
+        return self
+
+    def __call__(self, *args):
+        return self.call(*args)
+
+
+class Worker:
+    """The state between requests: the peers, the inputs of one length, and what was built for them."""
+
+    def __init__(self):
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.peers: dict[str, Peer] = {}
+        self.built: dict[str, Callable] = {}
+
+    def list(self, **settings) -> list[dict]:
+        """Every peer, and why it cannot run if it cannot."""
+        self.settings = settings
+        self.peers = {peer.name: peer for peer in peers(settings)}
+        return [{"name": p.name, "spec": p.spec, "causal": p.causal, "layer": p.layer, "reason": p.reason()} for p in self.peers.values()]
+
+    def open(self, B: int, T: int) -> dict:
+        """Frees what was built, and what comes next is of this batch and length."""
+        s = self.settings
+        self.built.clear()
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+        torch.manual_seed(0)
+        self.shape = Shape(B, T, s["N"], s["H"], getattr(torch, s["dtype"]), self.device)
+        return {}
+
+    def prepare(self, name: str, mode: str) -> dict:
+        """Builds and calls it once; the seconds of that."""
+        start = time.perf_counter()
+        try:
+            call = self.call_of(self.peers[name], mode)
+            call()
+            self.synchronize()
+        except Exception as e:  # a row with the reason, whatever it is
+            return {"reason": f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"[:300]}
+        self.built[name, mode] = call
+        return {"seconds": time.perf_counter() - start}
+
+    def time(self, name: str, mode: str, calls: int) -> dict:
+        """Seconds of one call."""
+        call = self.built[name, mode]
+        self.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        self.synchronize()
+        return {"seconds": (time.perf_counter() - start) / calls}
+
+    def call_of(self, peer: Peer, mode: str) -> Callable[[], Any]:
+        """A call without arguments of what is timed."""
+        shape, backward = self.shape, mode == "forward_backward"
+        function = peer.build(shape)
+        if hasattr(function, "to"):
+            function = function.to(shape.device, shape.dtype)
+        parameters = [p for p in getattr(function, "parameters", tuple)() if p.requires_grad]
+        if not backward:
+            for p in parameters:
+                p.requires_grad_(False)
+        sizes = {"heads first": (shape.B, shape.N, shape.T, shape.H), "heads last": (shape.B, shape.T, shape.N, shape.H)}
+        size = (shape.B, shape.T, shape.N * shape.H) if peer.layer else sizes.get(peer.layout, sizes["heads first"])
+        count = 1 if peer.layer else 2 if peer.layout == "shared" else 3
+        inputs = [torch.randn(size, device=shape.device).to(shape.dtype).requires_grad_(backward) for _ in range(count)]
+        if not backward:
+
+            def forward():
+                with torch.no_grad():
+                    return function(*inputs)
+
+            return forward
+        do = torch.randn(size, device=shape.device).to(shape.dtype)
+
+        def both():
+            return torch.autograd.grad(function(*inputs), [*inputs, *parameters], do, allow_unused=True)
+
+        return both
+
+    def synchronize(self):
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+def main() -> None:
+    answers, sys.stdout = sys.stdout, sys.stderr  # what packages print is no answer
+    worker = Worker()
+    for line in sys.stdin:
+        request = json.loads(line)
+        print(json.dumps(getattr(worker, request.pop("do"))(**request)), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""PyTorch's side of experiments/core_bench.py: every peer that this machine can run gives a time, and flex_attention gets the pattern of the variant beside it."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from attn_zoo import VARIANTS, make_attention
+from attn_zoo.attention.pattern import dense_mask
+from peers import peer
+
+torch = peer("torch")
+sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
+from bench import torch_worker
+from bench.single_pattern import single_pattern
+
+T, N, H = 96, 2, 16
+SETTINGS = {"B": 1, "N": N, "H": H, "dtype": "float32", "window": 16, "block": 16, "features": 8, "rank": 8, "landmarks": 8, "patterns": [["local(window=16)", True]]}
+DIRECTED = [(name, causal) for name, v in VARIANTS.items() for causal in (True, False) if not causal or v.causal is True]
+PATTERNS = {f"{name}-{causal}": pattern for name, causal in DIRECTED if (pattern := single_pattern(make_attention(name, num_heads=N, head_dim=H, max_len=T, causal=causal), T))}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_flex_attention_sees_the_same_pairs(name):
+    i, j = torch.arange(T)[:, None], torch.arange(T)[None, :]
+    seen = torch_worker.mask_mod_of(PATTERNS[name], "cpu")(0, 0, i, j).expand(T, T)
+    np.testing.assert_array_equal(seen.numpy(), np.broadcast_to(dense_mask(PATTERNS[name], T, T)[0, 0], (T, T)))
+
+
+@pytest.fixture(scope="module")
+def worker():
+    worker = torch_worker.Worker()
+    worker.list(**SETTINGS)
+    worker.open(B=1, T=T)
+    return worker
+
+
+CUDA_ALONE = {"flash-linear-attention: linear", "flash-linear-attention: retention", "flash-linear-attention: delta"}
+NAMES = [p.name for p in torch_worker.peers(SETTINGS)]
+
+
+@pytest.mark.parametrize("mode", ["forward", "forward_backward"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_peer_gives_a_time_or_a_reason(worker, name, mode):
+    if name in CUDA_ALONE and not torch.cuda.is_available():
+        assert "cannot be imported" in worker.peers[name].reason() or "needs an NVIDIA GPU" in worker.peers[name].reason()
+        return
+    assert worker.peers[name].reason() is None
+    answer = worker.prepare(name=name, mode=mode)
+    if name.startswith("flex_attention") and mode == "forward_backward" and not torch.cuda.is_available():
+        assert "does not support backward on CPU" in answer["reason"]
+        return
+    assert answer.keys() == {"seconds"}, answer
+    assert worker.time(name=name, mode=mode, calls=2)["seconds"] > 0
