@@ -2,6 +2,8 @@
 
     python launch.py --config=experiments/dates.py
     python launch.py --config=experiments/dates.py --variants='local(window=8), linear' --set model.where=cross
+
+100.0 % exact match in five minutes on two CPU cores (experiments/results/dates).
 """
 
 from attn_zoo.config import Experiment, Measure, Model, Train

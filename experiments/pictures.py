@@ -6,7 +6,7 @@
 T is the number of cells of the grid that attention sees: 16 x 16 of a picture of 32 x 32, after the second of three stages. `local` sees neighbours in the row, `axial`
 row and column. Nothing else carries what a cell saw across the picture. What the layer's gate, which starts at 0, has become is in the records' `statistics`.
 
-The answer comes suddenly, after hundreds of steps: at 50 % a variant may be one that cannot, or one that has not yet.
+The answer comes suddenly, if it comes: at 50 % a variant may be one that cannot, or one that has not yet, as `full` with seed 0 after these 1500 steps.
 """
 
 from attn_zoo.config import Experiment, Measure, Model, Train

@@ -3,6 +3,8 @@
     python launch.py --config=experiments/reverse.py
     python launch.py --config=experiments/reverse.py --set task=sort
     python launch.py --config=experiments/reverse.py --seq_lens=65 --set "task=reverse(joined=True)"       # a decoder alone
+
+100.0 % exact match at lengths 4 to 16, which it was trained on, and none beyond, in five minutes on two CPU cores (experiments/results/reverse).
 """
 
 from attn_zoo.config import Experiment, Measure, Model, Train
