@@ -7,8 +7,8 @@ As Bahdanau et al. 2015, fig. 2: without attention (`none`) everything that is s
 in the second table and in figures/probes. Nothing is timed; two CPU cores take some three minutes a cell.
 
 Results (experiments/results/alignment): alignments to the whole source stay above 93 % at every length, where `none` falls from 11 % to 0. `local_p`, which predicts
-the place it looks around, falls to 70 %. `local_m` looks at the source where the target stands, which is where its date stands in short sources only; and `hard`,
-learned from what it samples, has not learned where to look in these steps.
+the place it looks around, falls to 70 %. `local_m` looks at the source where the target stands, which is where its date stands in short sources only. `hard`
+does not learn where to look in these steps where its score-function term has weight 1; with 0.1, whose gradient is less noisy, it is on its way, at 38 to 77 %.
 """
 
 from attn_zoo.config import Experiment, Measure, Model, Train
@@ -16,7 +16,7 @@ from attn_zoo.config import Experiment, Measure, Model, Train
 experiment = Experiment(
     name="alignment",
     task="dates(dates=(1, 3))",
-    variants=("none", "additive", "dot", "general", "concat", "local_m", "local_p", "hard"),
+    variants=("none", "additive", "dot", "general", "concat", "local_m", "local_p", "hard", "hard(score_weight=0.1)"),
     seq_lens=(33,),  # of the target; a source has up to 123 characters
     seeds=(0, 1, 2),
     model=Model(body="recurrent", D=96, layers=1),
