@@ -18,11 +18,11 @@ test: $(READY)
 test-peers: $(PEERS_READY)
 	.venv-peers/bin/python -m pytest tests/peers
 
-# Attention alone beside the PyTorch packages of others: the table of experiments/results/core_bench, an hour on two cores.
+# Attention alone beside the PyTorch packages of others, in one run.
 bench: $(PEERS_READY)
 	.venv-peers/bin/python experiments/core_bench.py --peers=all --seq_lens=1024,2048,4096
 
-# The same on an NVIDIA GPU, for head dims of 64 and 128: some ten minutes once the environments are there (make bench-gpu ACCELERATOR=cuda13).
+# The same on an NVIDIA GPU, for head dims of 64 and 128 (make bench-gpu ACCELERATOR=cuda13); begins no further length after four minutes of each.
 BLOCKED := full, local, global_window, block, strided, fixed, linear, performer, retention, delta
 GPU := --dtype=bfloat16 --tokens=32768 --N=16 --seq_lens=4096,8192,16384,32768 --variants='$(BLOCKED)' --jobs=12
 bench-gpu: $(PEERS_READY) $(READY)

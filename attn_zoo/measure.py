@@ -54,25 +54,22 @@ def matmul_flops_per_s(dtype: Any) -> float:
     """The rate of a large square matrix product on one device now: the best of some 0.3 s of products of random matrices."""
     n = 8192 if jax.default_backend() in ("gpu", "tpu") else 1024
     a, b = (jax.random.normal(jax.random.key(i), (n, n)).astype(dtype) for i in range(2))
-    product = jax.jit(jnp.matmul)
-    jax.block_until_ready(product(a, b))
-    best, until = float("inf"), time.perf_counter() + 0.3
-    while time.perf_counter() < until:
-        start = time.perf_counter()
-        jax.block_until_ready(product(a, b))
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
+    return 2 * n**3 / _fastest(jax.jit(jnp.matmul), a, b)
 
 
 def copy_bytes_per_s() -> float:
     """The rate, in bytes read and written, of copying a large array on one device now: the best of some 0.3 s of copies."""
     n = 2**28 if jax.default_backend() in ("gpu", "tpu") else 2**24
     x = jax.random.normal(jax.random.key(0), (n,))
-    copy = jax.jit(lambda x: -x)  # a plain copy could be an alias
-    jax.block_until_ready(copy(x))
+    return 2 * x.nbytes / _fastest(jax.jit(jnp.negative), x)  # a plain copy could be an alias
+
+
+def _fastest(call: Callable, *args: Any) -> float:
+    """Seconds of the fastest of some 0.3 s of calls, after one to warm up."""
+    jax.block_until_ready(call(*args))
     best, until = float("inf"), time.perf_counter() + 0.3
     while time.perf_counter() < until:
         start = time.perf_counter()
-        jax.block_until_ready(copy(x))
+        jax.block_until_ready(call(*args))
         best = min(best, time.perf_counter() - start)
-    return 2 * x.nbytes / best
+    return best

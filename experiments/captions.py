@@ -5,7 +5,7 @@
 
 By the second command a Transformer writes the captions, and the variant stands in its cross-attention to the picture (model.where). Beside the share of captions
 without a mistake, the records' `written` says how often number, size, colour, form and relation are right in what the model writes, and of hard attention
-`estimator` how noisy its gradient is with the moving baseline and without. Some five minutes a cell on two CPU cores.
+`estimator` how noisy its gradient is with the moving baseline and without. Some ten minutes a cell on two CPU cores.
 """
 
 from attn_zoo.config import Experiment, Measure, Model, Train

@@ -2,7 +2,7 @@
 
     python launch.py --config=experiments/decode.py
 
-Beside it the rate of feeding the whole sequence again for every token. Nothing is trained. Half an hour on two CPU cores.
+Beside it the rate of feeding the whole sequence again for every token. Nothing is trained. Some twenty minutes on two CPU cores.
 """
 
 from attn_zoo.config import Experiment, Measure, Model, Train

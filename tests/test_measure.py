@@ -74,6 +74,13 @@ def test_the_matrix_product_rate_is_that_of_the_fastest_product(monkeypatch):
     assert measure.matmul_flops_per_s("float32") == 2 * 1024**3 / 0.25
 
 
+def test_the_copy_rate_is_that_of_bytes_read_and_written(monkeypatch):
+    start, copies = [0.0], [(0.0, 10.0, 10.5), (0.1, 20.0, 20.25)]
+    clock = itertools.chain(start, *copies, [0.3])
+    monkeypatch.setattr(measure, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert measure.copy_bytes_per_s() == 2 * 4 * 2**24 / 0.25
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_matrix_product_rate_is_one_of_this_world(dtype):
     assert 1e8 < measure.matmul_flops_per_s(dtype) < 1e16

@@ -96,7 +96,11 @@ def variant(problem: Problem, name: str, spec: str, causal: bool, qkv: tuple, ba
     """A variant of the zoo between its projections."""
     attention = problem.attention(spec, causal, backend)
     graph, state = nnx.split(attention)
-    return Jax(name, lambda q, k, v: nnx.merge(graph, state)(q, k, v), qkv, spec=spec, causal=causal, plan=attention.plan(problem.T, problem.T))
+    try:
+        plan = attention.plan(problem.T, problem.T)
+    except UserError:  # a backend that cannot serve it: the call says so too, and that becomes the reason of its row
+        plan = None
+    return Jax(name, lambda q, k, v: nnx.merge(graph, state)(q, k, v), qkv, spec=spec, causal=causal, plan=plan)
 
 
 def layer(problem: Problem, name: str, spec: str, causal: bool) -> Jax:
