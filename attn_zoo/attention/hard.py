@@ -26,6 +26,7 @@ from attn_zoo.attention.full import pattern
 from attn_zoo.attention.pattern import SlotDecoding, dense_mask
 from attn_zoo.ops.blocked import NEG, TILE_BYTES, ScoreMod, blocked_attention
 from attn_zoo.ops.patterns import CAUSAL, count_pairs
+from attn_zoo.ops.rows import dot_rows
 from attn_zoo.ops.slots import put, score_row
 from attn_zoo.spec import check, check_choice, check_number
 
@@ -202,7 +203,7 @@ class Hard(SlotDecoding):
         seen_BTN = index_BNT.swapaxes(1, 2) >= 0
         if valid_BT is not None:
             seen_BTN = seen_BTN & valid_BT[:, :, None]
-        below_lse = lambda k_BTNH: jnp.where(seen_BTN, scale * (q_BTNH * k_BTNH).sum(axis=-1) - jnp.where(seen_BTN, lse_BTN, 0.0), 0.0)
+        below_lse = lambda k_BTNH: jnp.where(seen_BTN, scale * dot_rows(q_BTNH, k_BTNH) - jnp.where(seen_BTN, lse_BTN, 0.0), 0.0)
         log_prob_B = below_lse(pick(k_BSKH, index_BNT)).sum(axis=(1, 2))
         entropy = -below_lse(mean_key_BTNH).sum() / jnp.maximum(seen_BTN.sum(), 1)
         self.leave("log_prob", self.options.score_weight * jnp.where(average_B, 0.0, log_prob_B))

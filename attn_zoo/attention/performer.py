@@ -18,6 +18,7 @@ from flax import nnx
 from attn_zoo.attention.base import Bound, Drawn, Paper, Variant
 from attn_zoo.attention.linear import KernelDecoding, kernel_reference, state_flops
 from attn_zoo.ops.linear import linear_attention
+from attn_zoo.ops.rows import dot_rows
 from attn_zoo.spec import check, check_int
 
 LARGEST = 60.0  # exponent of a key's feature; w'k - |k|^2 / 2 <= |w|^2 / 2 passes it only for H > 64 and a key close to w itself
@@ -88,7 +89,7 @@ class Performer(KernelDecoding):
 def exponents(x_BTNH, w_RH):
     """w'x - |x|^2 / 2 of x scaled by H^-1/4, float32 at least. Choromanski et al. 2021, lemma 1."""
     x = x_BTNH.astype(jnp.promote_types(x_BTNH.dtype, jnp.float32)) * x_BTNH.shape[-1] ** -0.25
-    return jnp.einsum("BTNH,RH->BTNR", x, w_RH, precision="highest") - 0.5 * jnp.square(x).sum(axis=-1, keepdims=True)
+    return jnp.einsum("BTNH,RH->BTNR", x, w_RH, precision="highest") - 0.5 * dot_rows(x, x)[..., None]
 
 
 def flops(options: Options, B: int, T: int, S: int, N: int, H: int, causal: bool, K: int | None = None) -> float:

@@ -23,6 +23,7 @@ from attn_zoo.attention.performer import Features
 from attn_zoo.ops import backends
 from attn_zoo.ops.decayed import decayed_sums
 from attn_zoo.ops.linear import init_state, kernel_sums, state_step, with_ones
+from attn_zoo.ops.rows import dot_rows, scale_rows
 from attn_zoo.spec import Unsupported, check, check_int
 
 FLOOR = 0.01  # of the mean kernel value; that of sigma = 1 is at least exp(-2)
@@ -139,7 +140,7 @@ class RandomFeatureAttention(Attention):
 def random_features(x_BTNH, w_NRH):
     """sqrt(1/R) [sin(w'x), cos(w'x)] of x divided by its length, [B, T, N, 2 R], float32."""
     x = x_BTNH.astype(jnp.float32)
-    x = x * jax.lax.rsqrt(jnp.square(x).sum(axis=-1, keepdims=True) + 1e-6)  # smooth at zero, where invalid keys are
+    x = scale_rows(x, jax.lax.rsqrt(dot_rows(x, x) + 1e-6))  # smooth at zero, where invalid keys are
     angles = jnp.einsum("BTNH,NRH->BTNR", x, w_NRH, precision="highest")
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1) * w_NRH.shape[1] ** -0.5
 
@@ -151,7 +152,7 @@ def validity(valid_BS, k_BSKH):
 
 def divide(o_BTNH, norm_BTN, weight_BTN):
     """o / norm, the norm held at FLOOR times the weight of all visible keys; where that is nothing, so is o."""
-    return o_BTNH / jnp.maximum(jnp.maximum(norm_BTN, FLOOR * weight_BTN), TINY)[..., None]
+    return scale_rows(o_BTNH, 1 / jnp.maximum(jnp.maximum(norm_BTN, FLOOR * weight_BTN), TINY))
 
 
 def flops(options: Options, B: int, T: int, S: int, N: int, H: int, causal: bool, K: int | None = None) -> float:

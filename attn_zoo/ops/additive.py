@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from attn_zoo.ops.blocked import NEG, rows_per_step
+from attn_zoo.ops.rows import dot_rows
 
 BLOCK = 64  # queries, and keys, of a tile: with 64 hidden units its tanh is 1 MiB
 
@@ -110,7 +111,7 @@ def _attend_bwd(causal, bq, bk, residuals, cotangents):
     q, k, weight, v, valid, o, lse = residuals
     do, dlse = cotangents
     # As in ops.blocked: d o / d score = p (v - o) and d lse / d score = p, so one number a row holds what is not do . v.
-    delta = jnp.sum(do * o, axis=-1) - jnp.where(lse == -jnp.inf, 0.0, dlse)
+    delta = dot_rows(do, o) - jnp.where(lse == -jnp.inf, 0.0, dlse)
     safe_lse = jnp.where(lse == -jnp.inf, 0.0, lse)
     tiles = _tiles(k, causal, bq, bk)
 

@@ -6,6 +6,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from attn_zoo.ops.pallas_linear import causal_sums
+from attn_zoo.ops.rows import scale_rows
 
 CHUNK = 128  # positions per step of the causal scan
 
@@ -18,7 +19,8 @@ def linear_attention(
     Features must not be negative in sum over a row; invalid keys are given as phi(k) = 0. A row whose denominator is zero gives zeros.
     """
     o_BTNH, norm_BTN = kernel_sums(phi_q_BTNR, phi_k_BSKR, v_BSKH, causal=causal, backend=backend)
-    return jnp.where(norm_BTN[..., None] == 0, 0.0, o_BTNH / jnp.where(norm_BTN == 0, 1.0, norm_BTN)[..., None])
+    none_BTN = norm_BTN == 0
+    return scale_rows(o_BTNH, jnp.where(none_BTN, 0.0, 1 / jnp.where(none_BTN, 1.0, norm_BTN)))
 
 
 def kernel_sums(

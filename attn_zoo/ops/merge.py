@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from attn_zoo.ops.rows import scale_rows
+
 
 def merge(*parts: tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """(output, logsumexp) of softmax attention over the union of disjoint key sets, from those of each set.
@@ -17,5 +19,5 @@ def merge(*parts: tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]) -> tupl
     total_BTN = weights_PBTN.sum(axis=0)
     empty_BTN = total_BTN == 0
     safe_BTN = jnp.where(empty_BTN, 1.0, total_BTN)
-    o_BTNH = sum(w[..., None] * o.astype(w.dtype) for w, (o, _) in zip(weights_PBTN / safe_BTN, parts))
+    o_BTNH = sum(scale_rows(o.astype(w.dtype), w) for w, (o, _) in zip(weights_PBTN / safe_BTN, parts))
     return o_BTNH.astype(parts[0][0].dtype), jnp.where(empty_BTN, -jnp.inf, top_BTN + jnp.log(safe_BTN))

@@ -1,0 +1,18 @@
+"""One number a row: products over the last axis, as einsums.
+
+`(x * y).sum(axis=-1)`, which is also the gradient of `x * factor[..., None]` in factor, takes XLA's CPU backend (jaxlib 0.10) 10 to 60 times longer than
+the einsum if another axis has length 1, as a batch of one sequence has: 30 ms in place of 0.5 for 2 million numbers.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def dot_rows(x: Float[Array, "*rows H"], y: Float[Array, "*rows H"]) -> Float[Array, "*rows"]:
+    """sum_h x y, accumulated in float32 at least."""
+    return jnp.einsum("...H,...H->...", x, y, precision="highest", preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+
+
+def scale_rows(x: Float[Array, "*rows H"], factor: Float[Array, "*rows"]) -> Float[Array, "*rows H"]:
+    """x * factor[..., None], whose gradient in factor is a `dot_rows`."""
+    return jnp.einsum("...H,...->...H", x, factor, precision="highest")
