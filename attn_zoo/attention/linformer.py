@@ -104,9 +104,12 @@ class Linformer(Attention):
 
 
 def _project(projection, x_BSKH):
-    _, S, K, _ = x_BSKH.shape
-    weights_KRS = jnp.broadcast_to(projection[:, :, :S], (K, projection.shape[1], S)).astype(x_BSKH.dtype)
-    return jnp.einsum("KRS,BSKH->BRKH", weights_KRS, x_BSKH, preferred_element_type=jnp.promote_types(x_BSKH.dtype, jnp.float32)).astype(x_BSKH.dtype)
+    """`projection` [1 or K, R, max_len]; one for all heads is one product, not one a head with a copy of it."""
+    weights = projection[:, :, : x_BSKH.shape[1]].astype(x_BSKH.dtype)
+    wide = jnp.promote_types(x_BSKH.dtype, jnp.float32)
+    if len(weights) == 1:
+        return jnp.einsum("RS,BSKH->BRKH", weights[0], x_BSKH, preferred_element_type=wide).astype(x_BSKH.dtype)
+    return jnp.einsum("KRS,BSKH->BRKH", weights, x_BSKH, preferred_element_type=wide).astype(x_BSKH.dtype)
 
 
 def _windows(x_BS, n):
