@@ -16,6 +16,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from attn_zoo.ops.patterns import BlockMask, Pattern, block_mask
+from attn_zoo.ops.rows import dot_rows
 
 NEG = -1e30  # a masked score: finite, so that differences of masked scores are not NaN
 TILE_BYTES = 2 * 2**20  # of the score tile [rows, G, q block, k block] that one step holds; about what stays in cache on a CPU core
@@ -52,27 +53,21 @@ def blocked_attention(
     """
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
-    G, R = N // K, B * K
+    G = N // K
     scale = H**-0.5 if scale is None else scale
     q_block, k_block = block_sizes(pattern, T, S) if block is None else (min(block, _ceil(T, 16)), min(block, _ceil(S, 16)))
     mask = block_mask(pattern, T, S, q_block, k_block)
-    P = rows_per_step(R, G * q_block * k_block * 4)
+    head_bytes = G * q_block * k_block * 4
+    heads = rows_per_step(K, head_bytes)
+    rows = (rows_per_step(B, K * head_bytes) if heads == K else 1), heads
 
-    # [B, T, N, H] -> [groups, P, G, T, H]: heads that share keys side by side, P (batch, key head) rows computed together.
-    pad_q, pad_k = mask.num_q * q_block - T, mask.num_k * k_block - S
-    q = jnp.pad(q_BTNH, ((0, 0), (0, pad_q), (0, 0), (0, 0))).reshape(B, T + pad_q, K, G, H)
-    q = q.transpose(0, 2, 3, 1, 4).reshape(R // P, P, G, T + pad_q, H)
-    k, v = (jnp.pad(x, ((0, 0), (0, pad_k), (0, 0), (0, 0))).transpose(0, 2, 1, 3).reshape(R // P, P, S + pad_k, H) for x in (k_BSKH, v_BSKH))
-    valid = None
-    if valid_BS is not None:
-        valid = jnp.repeat(jnp.pad(valid_BS, ((0, 0), (0, pad_k))), K, axis=0).reshape(R // P, P, S + pad_k)
+    pad = lambda x, length: jnp.pad(x, ((0, 0), (0, length - x.shape[1])) + ((0, 0),) * (x.ndim - 2))
+    q, (k, v) = pad(q_BTNH, mask.num_q * q_block), (pad(x, mask.num_k * k_block) for x in (k_BSKH, v_BSKH))
+    valid = None if valid_BS is None else pad(valid_BS, mask.num_k * k_block)
     fn, params = (score_mod.fn, score_mod.params) if score_mod else (lambda scores, i, j, params: scores, ())
-    params = jax.tree.map(lambda x: _per_row(x, B, K, G, P), params)
-
-    o, lse = _attend(pattern, mask, fn, scale)(q, k, v, valid, params)
-    o_BTNH = o.reshape(B, K, G, T + pad_q, H).transpose(0, 3, 1, 2, 4).reshape(B, T + pad_q, N, H)[:, :T]
-    lse_BTN = lse.reshape(B, K, G, T + pad_q).transpose(0, 3, 1, 2).reshape(B, T + pad_q, N)[:, :T]
-    return o_BTNH.astype(q_BTNH.dtype), lse_BTN
+    params = jax.tree.map(lambda x: x.reshape(K, G, 1, 1, *x.shape[1:]), params)
+    o_BTNH, lse_BTN = _attend(pattern, mask, fn, scale, rows)(q, k, v, valid, params)
+    return o_BTNH[:, :T], lse_BTN[:, :T]
 
 
 def block_sizes(pattern: Pattern, T: int, S: int) -> tuple[int, int]:
@@ -88,14 +83,42 @@ def block_sizes(pattern: Pattern, T: int, S: int) -> tuple[int, int]:
 
 
 def rows_per_step(R: int, row_bytes: int) -> int:
-    """How many of R (batch, key head) rows one step takes: the largest divisor of R whose score tile stays within TILE_BYTES."""
+    """How many of R rows one step takes: the largest divisor of R whose score tile stays within TILE_BYTES."""
     return max(p for p in range(1, R + 1) if R % p == 0 and (p == 1 or p * row_bytes <= TILE_BYTES))
 
 
-def _attend(pattern: Pattern, mask: BlockMask, fn, scale: float):
-    """The engine for one block list: (q, k, v, valid, params) -> (o, lse), with its own backward pass."""
+def _attend(pattern: Pattern, mask: BlockMask, fn, scale: float, rows: tuple[int, int]):
+    """The engine for one block list: (q, k, v, valid, params) -> (o, lse), with its own backward pass.
+
+    P = prod(rows) (sequence, key head) rows are computed together. Each tile is read from and written to [B, T, N, H] where it stands,
+    since a copy with heads in front, of every argument and result, costs more than a narrow window's products.
+    """
     bq, bk = mask.q_block, mask.k_block
     lists = (mask.full_start, np.append(mask.full_block, 0)), (mask.part_start, np.append(mask.part_block, 0))  # an empty list could not be indexed
+
+    def groups(B, K):
+        """(how many groups of rows there are, the first sequence and key head of group g)."""
+        across = K // rows[1]
+        return B // rows[0] * across, lambda g: (g // across * rows[0], g % across * rows[1])
+
+    def take(x, corner, G, start, size):
+        """Of x [B, L, K G, ...] a group's positions from `start` on, [P, G, size, ...]."""
+        b, k = corner
+        x = lax.dynamic_slice(x, (b, start, k * G) + (0,) * (x.ndim - 3), (rows[0], size, rows[1] * G, *x.shape[3:]))
+        return jnp.moveaxis(x.reshape(rows[0], size, rows[1], G, *x.shape[3:]), 1, 3).reshape(-1, G, size, *x.shape[3:])
+
+    def put(x, tile_PGT, corner, start):
+        """x with a group's tile in its place: the inverse of `take`."""
+        b, k = corner
+        G, size, *rest = tile_PGT.shape[1:]
+        tile = jnp.moveaxis(tile_PGT.reshape(*rows, G, size, *rest), 3, 1).reshape(rows[0], size, rows[1] * G, *rest)
+        return lax.dynamic_update_slice(x, tile.astype(x.dtype), (b, start, k * G) + (0,) * len(rest))
+
+    def of_group(corner, k, v, valid, params):
+        """Keys and values [P, S, H], which are valid [P, S], and parameters [P, G, ...] of a group."""
+        k, v = (take(x, corner, 1, 0, x.shape[1])[:, 0] for x in (k, v))
+        valid = None if valid is None else jnp.repeat(lax.dynamic_slice_in_dim(valid, corner[0], rows[0]), rows[1], axis=0)
+        return k, v, valid, jax.tree.map(lambda x: jnp.tile(lax.dynamic_slice_in_dim(x, corner[1], rows[1]), (rows[0],) + (1,) * (x.ndim - 1)), params)
 
     def over_blocks(c, body, carry):
         """Runs body(j0, partial, carry) over the key blocks of query block c: the full ones without a mask, then the partial ones."""
@@ -115,12 +138,11 @@ def _attend(pattern: Pattern, mask: BlockMask, fn, scale: float):
             scores = jnp.where(valid[:, None, None, :], scores, NEG)
         return scores, pull
 
-    def at(x, start, size, axis=1):
-        return None if x is None else lax.dynamic_slice_in_dim(x, start, size, axis)
+    def at(x, start, size):
+        return None if x is None else lax.dynamic_slice_in_dim(x, start, size, 1)
 
-    def forward_row(q, k, v, valid, params, c):
-        """One query block of one group: (o [P, G, bq, H], lse [P, G, bq])."""
-        q_c = at(q, c * bq, bq, 2)
+    def forward_row(q_c, k, v, valid, params, c):
+        """Query block c of one group: (o [P, G, bq, H], lse [P, G, bq])."""
 
         def body(j0, partial, carry):
             top, total, acc = carry
@@ -132,55 +154,29 @@ def _attend(pattern: Pattern, mask: BlockMask, fn, scale: float):
             return new_top, total * shrink + p.sum(axis=-1), acc
 
         # The running maximum starts far above NEG: hidden pairs get weight exp(NEG - NEG / 2) = 0 even in a row that sees nothing.
-        rows = q_c.shape[:3]
-        top, total, acc = over_blocks(c, body, (jnp.full(rows, NEG / 2), jnp.zeros(rows), jnp.zeros(q_c.shape)))
+        tile = q_c.shape[:3]
+        top, total, acc = over_blocks(c, body, (jnp.full(tile, NEG / 2), jnp.zeros(tile), jnp.zeros(q_c.shape)))
         seen = total > 0
         o = acc / jnp.where(seen, total, 1.0)[..., None]
         return o, jnp.where(seen, top + jnp.log(jnp.where(seen, total, 1.0)), -jnp.inf)
 
-    def group_forward(args):
-        q, k, v, valid, params = args
-        o, lse = lax.map(lambda c: forward_row(q, k, v, valid, params, c), jnp.arange(mask.num_q))  # [C, P, G, bq, ...]
-        return jnp.moveaxis(o, 0, 2).reshape(q.shape).astype(q.dtype), jnp.moveaxis(lse, 0, 2).reshape(q.shape[:3])
-
-    def group_backward(args):
-        q, k, v, valid, params, lse, do, delta = args
-        P, G, H = q.shape[0], q.shape[1], q.shape[3]
-        safe_lse = jnp.where(lse == -jnp.inf, 0.0, lse)
-        # XLA's CPU product is three times slower when it contracts the leading axis of its left side, as p' do and ds' q would;
-        # with q and do transposed beforehand, dk and dv come out transposed from plain products.
-        q_t, do_t = q.swapaxes(2, 3), do.swapaxes(2, 3)
-        rows = lambda x: x.reshape(P, G * bq, bk)
-        columns = lambda x: jnp.moveaxis(x, 1, 2).reshape(P, H, G * bq)
-
-        def row(carry, c):
-            q_c, do_c, lse_c, delta_c = (at(x, c * bq, bq, 2) for x in (q, do, safe_lse, delta))
-            q_tc, do_tc = (columns(at(x, c * bq, bq, 3)) for x in (q_t, do_t))
-
-            def body(j0, partial, carry):
-                dq_c, dk_t, dv_t, dparams = carry
-                k_j, v_j = at(k, j0, bk), at(v, j0, bk)
-                scores, pull = scores_of(q_c, k_j, c * bq, j0, partial, at(valid, j0, bk), params)
-                p = jnp.exp(scores - lse_c[..., None])
-                dp = jnp.einsum("PGTH,PSH->PGTS", do_c, v_j, preferred_element_type=jnp.float32)
-                draw, dparams_j = pull(p * (dp - delta_c[..., None]))
-                draw = (scale * draw).astype(q.dtype)
-                dv_t = _add_at(dv_t, jnp.einsum("PHR,PRS->PHS", do_tc, rows(p.astype(q.dtype)), preferred_element_type=jnp.float32), j0)
-                dk_t = _add_at(dk_t, jnp.einsum("PHR,PRS->PHS", q_tc, rows(draw), preferred_element_type=jnp.float32), j0)
-                dq_c = dq_c + jnp.einsum("PGTS,PSH->PGTH", draw, k_j, preferred_element_type=jnp.float32)
-                return dq_c, dk_t, dv_t, jax.tree.map(jnp.add, dparams, dparams_j)
-
-            dq_c, *carry = over_blocks(c, body, (jnp.zeros(q_c.shape), *carry))
-            return tuple(carry), dq_c.astype(q.dtype)
-
-        zeros_t = jnp.zeros((P, H, k.shape[1]))
-        (dk_t, dv_t, dparams), dq = lax.scan(row, (zeros_t, zeros_t, jax.tree.map(jnp.zeros_like, params)), jnp.arange(mask.num_q))
-        dk, dv = dk_t.swapaxes(1, 2).astype(k.dtype), dv_t.swapaxes(1, 2).astype(v.dtype)
-        return jnp.moveaxis(dq, 0, 2).reshape(q.shape), dk, dv, dparams
-
     @jax.custom_vjp
     def attend(q, k, v, valid, params):
-        return lax.map(group_forward, (q, k, v, valid, params))
+        B, K = q.shape[0], k.shape[2]
+        G = q.shape[2] // K
+        count, corner_of = groups(B, K)
+
+        def group(g, out):
+            corner = corner_of(g)
+            args = of_group(corner, k, v, valid, params)
+
+            def row(c, out):
+                tiles = forward_row(take(q, corner, G, c * bq, bq), *args, c)
+                return tuple(put(x, tile, corner, c * bq) for x, tile in zip(out, tiles))
+
+            return lax.fori_loop(0, mask.num_q, row, out)
+
+        return lax.fori_loop(0, count, group, (jnp.zeros_like(q), jnp.zeros(q.shape[:3])))
 
     def attend_fwd(q, k, v, valid, params):
         o, lse = attend(q, k, v, valid, params)
@@ -189,9 +185,50 @@ def _attend(pattern: Pattern, mask: BlockMask, fn, scale: float):
     def attend_bwd(residuals, cotangents):
         q, k, v, valid, params, o, lse = residuals
         do, dlse = cotangents
-        # d lse / d score = p and d o / d score = p (v - o): both fold into one number a row.
-        delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1) - jnp.where(lse == -jnp.inf, 0.0, dlse)
-        dq, dk, dv, dparams = lax.map(group_backward, (q, k, v, valid, params, lse, do, delta))
+        B, K, H = q.shape[0], k.shape[2], q.shape[3]
+        G = q.shape[2] // K
+        count, corner_of = groups(B, K)
+
+        def group(g, gradients):
+            dq, dk, dv, dparams = gradients
+            corner = corner_of(g)
+            k_g, v_g, valid_g, params_g = of_group(corner, k, v, valid, params)
+            # XLA's CPU product is three times slower when it contracts the leading axis of its left side, as p' do and ds' q would;
+            # with q and do transposed beforehand, dk and dv come out transposed from plain products.
+            flat = lambda x: x.reshape(len(x), G * bq, bk)
+            columns = lambda x: jnp.moveaxis(x, 3, 1).reshape(len(x), H, G * bq)
+
+            def row(c, carry):
+                dq, *carry = carry
+                q_c, do_c, o_c, lse_c, dlse_c = (take(x, corner, G, c * bq, bq) for x in (q, do, o, lse, dlse))
+                q_tc, do_tc = columns(q_c), columns(do_c)
+                seen = lse_c > -jnp.inf
+                lse_c = jnp.where(seen, lse_c, 0.0)
+                # d lse / d score = p and d o / d score = p (v - o): both fold into one number a row.
+                delta_c = dot_rows(do_c, o_c) - jnp.where(seen, dlse_c, 0.0)
+
+                def body(j0, partial, carry):
+                    dq_c, dk_t, dv_t, dparams_g = carry
+                    k_j, v_j = at(k_g, j0, bk), at(v_g, j0, bk)
+                    scores, pull = scores_of(q_c, k_j, c * bq, j0, partial, at(valid_g, j0, bk), params_g)
+                    p = jnp.exp(scores - lse_c[..., None])
+                    dp = jnp.einsum("PGTH,PSH->PGTS", do_c, v_j, preferred_element_type=jnp.float32)
+                    draw, dparams_j = pull(p * (dp - delta_c[..., None]))
+                    draw = (scale * draw).astype(q.dtype)
+                    dv_t = _add_at(dv_t, jnp.einsum("PHR,PRS->PHS", do_tc, flat(p.astype(q.dtype)), preferred_element_type=jnp.float32), j0)
+                    dk_t = _add_at(dk_t, jnp.einsum("PHR,PRS->PHS", q_tc, flat(draw), preferred_element_type=jnp.float32), j0)
+                    dq_c = dq_c + jnp.einsum("PGTS,PSH->PGTH", draw, k_j, preferred_element_type=jnp.float32)
+                    return dq_c, dk_t, dv_t, jax.tree.map(jnp.add, dparams_g, dparams_j)
+
+                dq_c, *carry = over_blocks(c, body, (jnp.zeros(q_c.shape), *carry))
+                return put(dq, dq_c, corner, c * bq), *carry
+
+            zeros_t = jnp.zeros((len(k_g), H, k.shape[1]))
+            dq, dk_t, dv_t, dparams_g = lax.fori_loop(0, mask.num_q, row, (dq, zeros_t, zeros_t, jax.tree.map(jnp.zeros_like, params_g)))
+            dk, dv = (put(x, x_t.swapaxes(1, 2)[:, None], corner, 0) for x, x_t in ((dk, dk_t), (dv, dv_t)))
+            return dq, dk, dv, jax.tree.map(lambda x, x_g: _add_rows(x, x_g.reshape(*rows, *x_g.shape[1:]).sum(axis=0), corner[1]), dparams, dparams_g)
+
+        dq, dk, dv, dparams = lax.fori_loop(0, count, group, jax.tree.map(jnp.zeros_like, (q, k, v, params)))
         return dq, dk, dv, None, dparams
 
     attend.defvjp(attend_fwd, attend_bwd)
@@ -204,10 +241,9 @@ def _add_at(x, update, start):
     return lax.dynamic_update_slice_in_dim(x, old + update, start, 2)
 
 
-def _per_row(x, B, K, G, P):
-    """[N, ...] per-head values as [groups, P, G, 1, 1, ...]: one value a row of heads, to broadcast against scores."""
-    x = jnp.broadcast_to(x.reshape(1, K, G, *x.shape[1:]), (B, K, G, *x.shape[1:]))
-    return x.reshape(B * K // P, P, G, 1, 1, *x.shape[3:])
+def _add_rows(x, update, start):
+    """x[start:start + n] += update."""
+    return lax.dynamic_update_slice_in_dim(x, lax.dynamic_slice_in_dim(x, start, len(update)) + update, start, 0)
 
 
 def _ceil(n: int, multiple: int) -> int:
