@@ -23,6 +23,7 @@ LEFT, BOTTOM, TOP = 0.58, 0.38, 0.16  # inches around the axes. Fixed: a layout 
 # Okabe and Ito (2008), told apart by colour-blind readers, without their yellow, which print loses.
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "*")
+LEGEND = {"fontsize": FONT - 1, "frameon": False, "handlelength": 3, "columnspacing": 1, "borderaxespad": 0, "labelspacing": 0.4}
 LINES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (8, 2)))
 
 
@@ -177,6 +178,33 @@ def against_length(points: list[tuple], styles: dict, title: str, log: bool, flo
         return None
     names = max((len(f"{name} 0.00 ↑") for name in floors or ()), default=0)
     figure, [ax] = _figure(styles, right=0.1 + names * 0.55 * (FONT - 1) / 72)
+    _draw_lengths(ax, points, styles, title, log)
+    if floors:
+        _draw_floors(ax, floors)
+    return figure
+
+
+def panels(groups: dict[str, list[tuple]], title: str) -> Figure:
+    """A panel a group of such points, two beside each other on the same axes, log-log, each with its own styles and its legend at its right."""
+    down, height, legend = math.ceil(len(groups) / 2), 1.9, 1.25  # inches
+    size = 2 * COLUMN + 1.2, down * height
+    figure = Figure(figsize=size)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(down, 2, squeeze=False, sharex=True, sharey=True).flatten()
+    figure.subplots_adjust(LEFT / size[0], BOTTOM / size[1], 1 - legend / size[0], 1 - 0.2 / size[1], wspace=0.75, hspace=0.22)
+    for ax, (name, points) in zip(axes, groups.items()):
+        _look(ax)
+        styles = variant_styles(list(dict.fromkeys(point[0] for point in points)))
+        _draw_lengths(ax, points, styles, title, log=True)
+        ax.set_title(name, fontsize=FONT, pad=3)
+        ax.legend(handles=_handles(styles), loc="center left", bbox_to_anchor=(1.0, 0.5), **LEGEND)
+        ax.label_outer()
+    for ax in axes[len(groups) :]:
+        ax.remove()
+    return figure
+
+
+def _draw_lengths(ax, points: list[tuple], styles: dict, title: str, log: bool) -> None:
     lengths = sorted({T for _, T, *_ in points})
     gap = min((math.log2(b / a) for a, b in zip(lengths, lengths[1:])), default=1.0)
     for i, (variant, style) in enumerate(styles.items()):
@@ -197,9 +225,6 @@ def against_length(points: list[tuple], styles: dict, title: str, log: bool, flo
         _log_ticks(ax.yaxis)
     else:
         ax.set_ylim(_limits(*zip(*(point[2:] for point in points))))
-    if floors:
-        _draw_floors(ax, floors)
-    return figure
 
 
 def _limits(values: tuple, lows: tuple, highs: tuple) -> tuple[float, float]:
@@ -258,16 +283,22 @@ def _figure(styles: dict, right: float = 0.1, down: int = 1, across: int = 1, be
     axes = figure.subplots(down, across, squeeze=False, sharey=True).flatten()
     figure.subplots_adjust(LEFT / width, (BOTTOM + legend) / height, 1 - right / width, 1 - TOP / height, 0.08, (TOP + 0.2) / panel)
     for ax in axes:
-        ax.tick_params(labelsize=FONT - 1, width=0.6, length=2.5)
-        ax.grid(color="0.9", lw=0.5)
-        ax.set_axisbelow(True)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.xaxis.label.set_size(FONT)
-        ax.yaxis.label.set_size(FONT)
-    handles = [Line2D([], [], lw=1, ms=3.5, label=variant, **style) for variant, style in styles.items()]
-    look = {"fontsize": FONT - 1, "frameon": False, "handlelength": 3, "columnspacing": 1, "borderaxespad": 0, "labelspacing": 0.4}
-    figure.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 0.03 / height), ncols=columns, **look)
+        _look(ax)
+    figure.legend(handles=_handles(styles), loc="lower center", bbox_to_anchor=(0.5, 0.03 / height), ncols=columns, **LEGEND)
     return figure, list(axes)
+
+
+def _look(ax) -> None:
+    ax.tick_params(labelsize=FONT - 1, width=0.6, length=2.5)
+    ax.grid(color="0.9", lw=0.5)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.xaxis.label.set_size(FONT)
+    ax.yaxis.label.set_size(FONT)
+
+
+def _handles(styles: dict) -> list[Line2D]:
+    return [Line2D([], [], lw=1, ms=3.5, label=variant, **style) for variant, style in styles.items()]
 
 
 def _log_ticks(axis) -> None:

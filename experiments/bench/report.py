@@ -8,6 +8,7 @@ from typing import Any
 from tabulate import tabulate
 
 from attn_zoo import figures, summary
+from attn_zoo.attention import find
 
 MODES = {"forward": "Forward", "forward_backward": "Forward + backward"}
 Record = dict[str, Any]
@@ -87,12 +88,31 @@ def draw(records: list[Record]) -> dict[str, Any]:
         known = [r for r in records if r["cell"]["mode"] == mode and r["status"] == "ok"]
         sides = {(r["cell"]["spec"], r["cell"]["causal"], r["cell"]["layer"]) for r in known if r["cell"]["peer"]}
         compared = [r for r in known if (r["cell"]["spec"], r["cell"]["causal"], r["cell"]["layer"]) in sides]
-        for name, shown in ((mode, [r for r in known if not r["cell"]["peer"] and not r["cell"]["layer"]]), (f"{mode}_peers", compared)):
-            points = [(r["cell"]["variant"], r["cell"]["seq_len"], *(1e3 * r["speed"][key] for key in ("median_s", "p20_s", "p80_s"))) for r in shown]
-            figure = figures.against_length(points, figures.variant_styles(list(dict.fromkeys(p[0] for p in points))), "milliseconds", log=True)
-            if figure is not None:
-                drawn[name] = figure
+        families = by_family([r for r in known if not r["cell"]["peer"] and not r["cell"]["layer"]])
+        if families:
+            drawn[mode] = figures.panels({name: points_of(own) for name, own in families.items()}, "milliseconds")
+        if compared:
+            points = points_of(compared)
+            drawn[f"{mode}_peers"] = figures.against_length(points, figures.variant_styles(list(dict.fromkeys(p[0] for p in points))), "milliseconds", log=True)
     return drawn
+
+
+def points_of(records: list[Record]) -> list[tuple]:
+    """(row, length, median, 20th and 80th percentile in milliseconds)."""
+    return [(r["cell"]["variant"], r["cell"]["seq_len"], *(1e3 * r["speed"][key] for key in ("median_s", "p20_s", "p80_s"))) for r in records]
+
+
+def by_family(records: list[Record]) -> dict[str, list[Record]]:
+    """The variants of each family, and in each of them first `full`; families of one or two together."""
+    families: dict[str, list[Record]] = {}
+    for r in records:
+        families.setdefault(find(r["cell"]["spec"])[0].family, []).append(r)
+    rows = lambda own: {r["cell"]["variant"] for r in own}
+    small = [family for family, own in families.items() if len(rows(own)) <= 2]
+    if len(small) > 1:
+        families[", ".join(small)] = [r for family in small for r in families.pop(family)]
+    full = [r for r in records if r["cell"]["variant"] == "full"]
+    return {family: own if full and "full" in rows(own) else full + own for family, own in families.items()}
 
 
 def origin(records: list[Record]) -> str:
