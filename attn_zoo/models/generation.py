@@ -127,30 +127,28 @@ def beam_search(
 ) -> tuple[Int[Array, "B W L"], Float[Array, "B W"]]:
     """(tokens of the best hypotheses, prompt included, best first [B, W, max_len]; their scores [B, W]).
 
-    At each step every hypothesis is continued by every token; those ended by `end` among the best 2 W leave the beam with their score, the best W others go
-    on. The search stops when no unfinished hypothesis, at its length now, scores above the worst of W finished ones, or at max_len, where the
-    unfinished count as they are.
+    At each step every hypothesis is continued by every token; those ended by `end` among the best W leave the beam with their score, the best W others go
+    on. A row's search stops when no unfinished hypothesis, at its length now, scores above the worst of W finished ones, whatever the other rows do, or at
+    max_len, where the unfinished count as they are.
     """
     (B, P), W = prompt_BP.shape, beam.width
     check(P < max_len, "max_len", max_len, f"must be more than the prompt's length, {P}")
     rows = lambda x, index_BW: jnp.take_along_axis(x, index_BW.reshape(B, -1, *(1,) * (x.ndim - 2)), axis=1)
     flat = lambda x: x.reshape(B * W, *x.shape[2:])
 
-    for t in range(P - 1):  # the last token of the prompt opens the search
-        _, cache = step(prompt_BP[:, t], cache)
+    read = lambda t, cache: step(lax.dynamic_index_in_dim(prompt_BP, t, 1, keepdims=False), cache)[1]
+    cache = lax.fori_loop(0, P - 1, read, cache)  # the last token of the prompt opens the search
     cache = jax.tree.map(lambda x: jnp.repeat(x, W, axis=0) if x.ndim else x, cache)
     tokens = jnp.full((B, W, max_len), pad, jnp.int32).at[:, :, :P].set(prompt_BP[:, None])
     log_prob = jnp.where(jnp.arange(W) == 0, 0.0, NEG) * jnp.ones((B, 1))  # the copies of the prompt are one hypothesis
     finished = (jnp.full_like(tokens, pad).at[:, :, :P].set(prompt_BP[:, None]), jnp.full((B, W), NEG))
 
     def more(state):
-        t, _, log_prob, (_, scores), _ = state
-        attainable = beam.normalize(log_prob.max(axis=1), t + 1 - P)
-        worst = jnp.where(scores.min(axis=1) > NEG / 2, scores.min(axis=1), -jnp.inf)
-        return (t < max_len - 1) & ((t == P - 1) | (attainable > worst).any())
+        t, open_B, *_ = state
+        return (t < max_len - 1) & open_B.any()
 
     def advance(state):
-        t, tokens, log_prob, finished, cache = state
+        t, open_B, tokens, log_prob, finished, cache = state
         logits, cache = step(flat(lax.dynamic_slice_in_dim(tokens, t, 1, 2))[:, 0], cache)
         V = logits.shape[-1]
         total = (log_prob[..., None] + jax.nn.log_softmax(logits).reshape(B, W, V)).reshape(B, W * V)
@@ -160,18 +158,20 @@ def beam_search(
         ended = token == end
 
         # Only an end among the best W is better than what goes on in its place.
-        leaves = ended & (jnp.arange(best.shape[1]) < W)
+        leaves = ended & (jnp.arange(best.shape[1]) < W) & open_B[:, None]
         ended_scores = jnp.where(leaves, beam.normalize(best, t + 2 - P), NEG)
         all_tokens, all_scores = (jnp.concatenate(pair, axis=1) for pair in zip(finished, (longer, ended_scores)))
         scores, chosen = lax.top_k(all_scores, W)
         going, chosen_going = lax.top_k(jnp.where(ended, NEG, best), W)
         origin = (jnp.arange(B)[:, None] * W + rows(parent, chosen_going)).reshape(-1)
         cache = jax.tree.map(lambda x: x[origin] if x.ndim else x, cache)
-        return t + 1, rows(longer, chosen_going), going, (rows(all_tokens, chosen), scores), cache
+        worst_B = jnp.where(scores.min(axis=1) > NEG / 2, scores.min(axis=1), -jnp.inf)
+        open_B = open_B & (beam.normalize(going.max(axis=1), t + 2 - P) > worst_B)
+        return t + 1, open_B, rows(longer, chosen_going), going, (rows(all_tokens, chosen), scores), cache
 
-    start = (jnp.asarray(P - 1), tokens, log_prob, finished, cache)
-    t, tokens, log_prob, finished, _ = lax.while_loop(more, advance, start)
-    open_scores = jnp.where(t == max_len - 1, jnp.where(log_prob > NEG / 2, beam.normalize(log_prob, t + 1 - P), NEG), NEG)
+    start = (jnp.asarray(P - 1), jnp.ones(B, bool), tokens, log_prob, finished, cache)
+    t, open_B, tokens, log_prob, finished, _ = lax.while_loop(more, advance, start)
+    open_scores = jnp.where(open_B[:, None] & (log_prob > NEG / 2), beam.normalize(log_prob, t + 1 - P), NEG)
     all_tokens, all_scores = (jnp.concatenate(pair, axis=1) for pair in zip(finished, (tokens, open_scores)))
     scores, chosen = lax.top_k(all_scores, W)
     return rows(all_tokens, chosen), scores

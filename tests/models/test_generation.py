@@ -174,6 +174,27 @@ def test_rows_of_a_batch_are_searched_apart():
         np.testing.assert_allclose(scores[row], alone_scores[0], atol=1e-4)
 
 
+def test_a_row_that_is_done_is_not_searched_on_for_the_sake_of_others():
+    """Rows stop at different lengths, and a length penalty likes long hypotheses: 64 random tables of logits by position and token."""
+    rows, vocabulary, length, end = 64, 5, 12, 0
+    tables = jnp.asarray(np.random.default_rng(0).normal(size=(rows, length, vocabulary, vocabulary)) * 2, jnp.float32)
+
+    def step(tokens, cache):
+        return cache["table"][jnp.arange(len(tokens)), cache["t"], tokens], cache | {"t": cache["t"] + 1}
+
+    @jax.jit
+    def search(tables):
+        cache = {"t": jnp.zeros((), jnp.int32), "table": tables}
+        return beam_search(step, cache, jnp.ones((len(tables), 1), jnp.int32), length, end=end, beam=Beam(width=3, alpha=1.0, penalty="power"))
+
+    together = search(tables)
+    alone = [search(tables[row : row + 1]) for row in range(rows)]
+    lengths = (together[0][:, 0] != 0).sum(axis=1)
+    assert len(set(lengths.tolist())) > 3
+    for got, expected in zip(together, zip(*alone)):
+        np.testing.assert_array_equal(got, jnp.concatenate(expected))
+
+
 def test_mistakes_are_named():
     model, prompt = make_model(), draw(2, 3, V)
     with pytest.raises(UserError, match="must be at least the prompt's length, 3"):
