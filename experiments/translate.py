@@ -3,7 +3,7 @@
     python launch.py --config=experiments/translate.py --allow_download                       # downloads the set; meant for GPUs
     python launch.py --config=experiments/translate.py --variants='linformer' --set model.where=encoder
 
-The paper's 37,000 shared pieces, 25,000 target tokens a step, 100,000 steps, and its learning rate: D^-1/2 min(step^-1/2, step warmup^-3/2), whose greatest value
+The paper's 37,000 shared pieces, some 25,000 target tokens a step, 100,000 steps, and its learning rate: D^-1/2 min(step^-1/2, step warmup^-3/2), whose greatest value
 is D^-1/2 warmup^-1/2 = 7e-4. Departures: embeddings start at N(0, 0.02^2), Adam's epsilon is 1e-8, dense layers have no biases; a batch is a number of
 pairs, padded to T, and longer pairs are left out.
 """
@@ -18,7 +18,7 @@ experiment = Experiment(
     model=Model(D=512, layers=6, N=8, F=2048, ffn="relu", norm_position="post", positions="sinusoidal", dropout=0.1, share_embeddings=True),
     train=Train(
         steps=100_000,
-        tokens_per_step=25_000,
+        tokens_per_step=192 * 128,  # pairs that 2, 4 or 8 devices share
         lr=(512 * 4000) ** -0.5,
         warmup=4000,
         schedule="inverse_sqrt",
