@@ -191,21 +191,25 @@ def panels(groups: dict[str, list[tuple]], title: str) -> Figure:
     figure = Figure(figsize=size)
     FigureCanvasAgg(figure)
     axes = figure.subplots(down, 2, squeeze=False, sharex=True, sharey=True).flatten()
+    lengths = sorted({T for points in groups.values() for _, T, *_ in points})
     figure.subplots_adjust(LEFT / size[0], BOTTOM / size[1], 1 - legend / size[0], 1 - 0.2 / size[1], wspace=0.75, hspace=0.22)
     for ax, (name, points) in zip(axes, groups.items()):
         _look(ax)
         styles = variant_styles(list(dict.fromkeys(point[0] for point in points)))
-        _draw_lengths(ax, points, styles, title, log=True)
+        _draw_lengths(ax, points, styles, title, log=True, lengths=lengths)
         ax.set_title(name, fontsize=FONT, pad=3)
         ax.legend(handles=_handles(styles), loc="center left", bbox_to_anchor=(1.0, 0.5), **LEGEND)
         ax.label_outer()
-    for ax in axes[len(groups) :]:
-        ax.remove()
+    if len(groups) % 2:
+        axes[-1].remove()
+        if len(groups) > 1:  # the one above it is now the lowest of its column
+            axes[-3].tick_params(labelbottom=True)
+            axes[-3].set_xlabel("sequence length T")
     return figure
 
 
-def _draw_lengths(ax, points: list[tuple], styles: dict, title: str, log: bool) -> None:
-    lengths = sorted({T for _, T, *_ in points})
+def _draw_lengths(ax, points: list[tuple], styles: dict, title: str, log: bool, lengths: list[int] | None = None) -> None:
+    lengths = lengths or sorted({T for _, T, *_ in points})
     gap = min((math.log2(b / a) for a, b in zip(lengths, lengths[1:])), default=1.0)
     for i, (variant, style) in enumerate(styles.items()):
         own = sorted(point[1:] for point in points if point[0] == variant)

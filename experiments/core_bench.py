@@ -22,6 +22,7 @@ from pathlib import Path
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch's process needs memory of the same GPU
 
+import jax
 from absl import app, flags
 from bench import candidates, report
 from bench.candidates import Problem, TorchProcess, way
@@ -113,8 +114,8 @@ def run(out: Path) -> None:
         until = time.monotonic() + 60 * (math.inf if MINUTES.value is None else MINUTES.value)
         torch = None
         if PEERS.value == "all":
-            torch = TorchProcess(PEERS_PYTHON.value, settings | SIZES | {"patterns": patterns(specs, problem(max(lengths)))})
-        origin = provenance.collect()
+            torch = TorchProcess(PEERS_PYTHON.value, settings | SIZES | {"patterns": patterns(specs, problem(max(lengths))), "platform": jax.default_backend()})
+        origin = provenance.collect() | ({"torch": torch.about} if torch else {})
         for T in lengths:
             if time.monotonic() > until:
                 print(f"T = {T} and more not begun: --minutes={MINUTES.value:g} are over; the same command goes on", file=sys.stderr)

@@ -19,6 +19,8 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results" / "core_bench"
 LENGTHS = (32, 64, 128)
 sys.path.insert(0, str(ROOT / "experiments"))
+from bench.candidates import CannotRun
+from bench.rounds import measure
 from bench.single_pattern import single_pattern
 
 T, N, H = 320, 2, 8
@@ -75,6 +77,35 @@ def test_the_committed_table_and_figures_follow_from_the_records(tmp_path):
     assert process.returncode == 0, process.stderr
     assert (tmp_path / "table.md").read_text() == (RESULTS / "table.md").read_text()
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {path.name for path in (RESULTS / "figures").iterdir()}
+
+
+class Row:
+    """A candidate whose calls take no time, and that fails from its `last`-th on."""
+
+    framework = "jax"
+
+    def __init__(self, last):
+        self.calls, self.last = 0, last
+
+    def prepare(self, mode):
+        return {"temp_bytes": 1}
+
+    def seconds(self, mode, calls):
+        self.calls += 1
+        if self.calls > self.last:
+            raise CannotRun("it ran out of memory")
+        return 1.0
+
+
+def test_a_row_that_fails_while_it_is_timed_says_so_and_the_others_go_on():
+    well, fails = Row(last=100), Row(last=5)
+    outcomes = {(row, mode): outcome for row, mode, outcome in measure([well, fails], rounds=4, jobs=1)}
+    assert len(outcomes) == 4
+    for (row, _), outcome in outcomes.items():
+        if row is well:
+            assert outcome["status"] == "ok" and outcome["speed"]["n"] == 4
+        else:
+            assert outcome == {"temp_bytes": 1, "status": "unsupported", "message": "it ran out of memory"}
 
 
 DIRECTED = [(name, causal) for name, v in VARIANTS.items() for causal in (True, False) if not causal or v.causal is True]

@@ -12,8 +12,13 @@ from attn_zoo.ops.tuning import tile
 from attn_zoo.spec import UserError, nearest
 
 
+ANYWHERE = False  # whether cuDNN can be asked for where it is not: tests lower its calls on a CPU
+
+
 def _cudnn_serves(pattern: Pattern, dtype, head_dim: int, masked: bool | str, modified: bool, logsumexp: bool) -> bool | str:
     """Whether cuDNN's fused attention computes this, without a dense mask; else the reason why not."""
+    if not ANYWHERE and jax.default_backend() != "gpu":
+        return f"it is for NVIDIA GPUs, and this runs on {jax.default_backend()}"
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16 or float16, not {jnp.dtype(dtype).name}"
     most = _most_head_dim()

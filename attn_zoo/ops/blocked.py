@@ -90,8 +90,8 @@ def rows_per_step(R: int, row_bytes: int) -> int:
 def _attend(pattern: Pattern, mask: BlockMask, fn, scale: float, rows: tuple[int, int]):
     """The engine for one block list: (q, k, v, valid, params) -> (o, lse), with its own backward pass.
 
-    P = prod(rows) (sequence, key head) rows are computed together. Each tile is read from and written to [B, T, N, H] where it stands,
-    since a copy with heads in front, of every argument and result, costs more than a narrow window's products.
+    P = prod(rows) (sequence, key head) rows are computed together. Tiles of queries and results are read from and written to [B, T, N, H] where
+    they stand, and keys and values copied a group at a time: with heads in front of everything beforehand it takes longer, and two to four times the memory.
     """
     bq, bk = mask.q_block, mask.k_block
     lists = (mask.full_start, np.append(mask.full_block, 0)), (mask.part_start, np.append(mask.part_block, 0))  # an empty list could not be indexed

@@ -16,10 +16,10 @@ def linear_attention(
 ) -> Float[Array, "B T N H"]:
     """o_i = phi(q_i)' sum_j phi(k_j) v_j' / phi(q_i)' sum_j phi(k_j), over all j or j <= i. Katharopoulos et al. 2020, eq. 5 and 9.
 
-    Features must not be negative in sum over a row; invalid keys are given as phi(k) = 0. A row whose denominator is zero gives zeros.
+    Features must not be negative in sum over a row; invalid keys are given as phi(k) = 0. A row whose denominator is zero, or subnormal, gives zeros.
     """
     o_BTNH, norm_BTN = kernel_sums(phi_q_BTNR, phi_k_BSKR, v_BSKH, causal=causal, backend=backend)
-    none_BTN = norm_BTN == 0
+    none_BTN = norm_BTN < jnp.finfo(norm_BTN.dtype).tiny  # whose inverse would not be finite
     return scale_rows(o_BTNH, jnp.where(none_BTN, 0.0, 1 / jnp.where(none_BTN, 1.0, norm_BTN)))
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import json
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,9 @@ from attn_zoo.attention import parse_variant, variant_text
 from attn_zoo.measure import compile_timed
 from attn_zoo.models.multi_head import MultiHeadAttention
 from attn_zoo.spec import UserError
+
+
+FIRST_CALL = threading.Lock()  # rows are compiled side by side, and called alone: memory for one may be all there is
 
 
 class CannotRun(Exception):
@@ -60,20 +64,25 @@ class Jax:
         try:
             call, args = (self._function, self._args) if mode == "forward" else (self._both, (*self._args, self._cotangent()))
             compiled, seconds = compile_timed(jax.jit(call), *args)
-            jax.block_until_ready(compiled(*args))
+            with FIRST_CALL:
+                jax.block_until_ready(compiled(*args))
         except CannotRun:
             raise
         except Exception as e:  # a row with the reason, whatever it is
-            raise CannotRun(f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"[:300]) from None
+            raise CannotRun(_said(e)) from None
         self._compiled[mode] = compiled, args
         return {"compile": seconds, "temp_bytes": compiled.memory_analysis().temp_size_in_bytes}
 
     def seconds(self, mode: str, calls: int) -> float:
+        """Of one call. Raises CannotRun."""
         compiled, args = self._compiled[mode]
-        start = time.perf_counter()
-        for _ in range(calls):
-            o = compiled(*args)
-        jax.block_until_ready(o)
+        try:
+            start = time.perf_counter()
+            for _ in range(calls):
+                o = compiled(*args)
+            jax.block_until_ready(o)
+        except Exception as e:
+            raise CannotRun(_said(e)) from None
         return (time.perf_counter() - start) / calls
 
     def _both(self, *args):
@@ -84,6 +93,10 @@ class Jax:
     def _cotangent(self):
         o = jax.eval_shape(self._function, *self._args)
         return jax.random.normal(jax.random.key(3), o.shape).astype(o.dtype)
+
+
+def _said(e: Exception) -> str:
+    return f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"[:300]
 
 
 def heads(problem: Problem) -> tuple:
@@ -164,6 +177,7 @@ class TorchProcess:
         except OSError as e:
             raise UserError(f"--peers_python={python}: {e.strerror}; it must be a Python that has torch and attn_zoo, as .venv-peers/bin/python") from None
         self.peers = self.ask("list", **settings)
+        self.about = self.ask("about")
 
     def ask(self, do: str, **arguments) -> Any:
         """The answer. Raises UserError if the process has ended."""
@@ -206,4 +220,8 @@ class Torch:
         return {"compile": {"first_call_s": answer["seconds"]}}
 
     def seconds(self, mode: str, calls: int) -> float:
-        return self._process.ask("time", name=self.name, mode=mode, calls=calls)["seconds"]
+        """Of one call. Raises CannotRun."""
+        answer = self._process.ask("time", name=self.name, mode=mode, calls=calls)
+        if "reason" in answer:
+            raise CannotRun(answer["reason"])
+        return answer["seconds"]

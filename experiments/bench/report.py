@@ -122,7 +122,8 @@ def origin(records: list[Record]) -> str:
         own = [r for r in records if str((r["provenance"]["git_commit"], r["provenance"]["date"][:10])) == key]
         p = own[0]["provenance"]
         changes = " with local changes" if p["git_dirty"] else ""
-        line = f"{p['device_kind']} ({p['cpu']}), jax {p['jax']}, attn_zoo {str(p['git_commit'])[:10]}{changes}, {p['date'][:10]}."
+        torch = f"torch {p['torch']['torch']} on {p['torch']['device']}, " if p.get("torch") else ""
+        line = f"{p['device_kind']} ({p['cpu']}), jax {p['jax']}, {torch}attn_zoo {str(p['git_commit'])[:10]}{changes}, {p['date'][:10]}."
         measured = [f"{what} {_range(own, key)} {unit}" for what, key, unit in (("matrix product", "matmul_flops_per_s", "GFLOP/s"), ("copy", "copy_bytes_per_s", "GB/s")) if own[0][key]]
         lines.append(f"{line} Rates: {', '.join(measured)}. Medians of {own[0]['settings']['rounds']} interleaved rounds.")
     return "\n".join(lines)

@@ -18,20 +18,30 @@ def measure(rows: list, rounds: int, jobs: int) -> Iterator[tuple[Any, str, dict
     """(row, mode, {'status', 'message' or 'speed', and what preparing gave}) of all, after all are timed; `jobs` are prepared side by side."""
     each = [(row, mode) for row in rows for mode in MODES]
     outcomes = prepared(each, jobs)
-    timed = []
-    for row, mode in each:
-        if outcomes[row, mode]["status"] == "ok":
-            timed.append((row, mode, max(1, math.ceil(LEAST_S / row.seconds(mode, 1))), []))
-    for _ in range(rounds):
+    calls = {key: 1 for key in each if outcomes[key]["status"] == "ok"}
+    seconds: dict[tuple, list[float]] = {key: [] for key in calls}
+
+    def time_each(found: dict[tuple, list[float]]) -> None:
+        """One more sample of every row that still runs; one that fails leaves with the reason, and the rest go on."""
         before = None
-        for row, mode, calls, seconds in timed:
+        for row, mode in list(calls):
             if row.framework != before:
                 time.sleep(PAUSE_S)
                 before = row.framework
-            seconds.append(row.seconds(mode, calls))
-    for row, mode, calls, seconds in timed:
-        p20, median, p80 = np.percentile(seconds, (20, 50, 80)).tolist()
-        outcomes[row, mode]["speed"] = {"median_s": median, "p20_s": p20, "p80_s": p80, "n": len(seconds), "calls": calls}
+            try:
+                found[row, mode].append(row.seconds(mode, calls[row, mode]))
+            except CannotRun as e:
+                outcomes[row, mode] |= {"status": "unsupported", "message": str(e)}
+                del calls[row, mode]
+
+    first: dict[tuple, list[float]] = {key: [] for key in calls}
+    time_each(first)
+    calls.update({key: max(1, math.ceil(LEAST_S / first[key][0])) for key in calls})
+    for _ in range(rounds):
+        time_each(seconds)
+    for row, mode in calls:
+        p20, median, p80 = np.percentile(seconds[row, mode], (20, 50, 80)).tolist()
+        outcomes[row, mode]["speed"] = {"median_s": median, "p20_s": p20, "p80_s": p80, "n": rounds, "calls": calls[row, mode]}
     return ((row, mode, outcomes[row, mode]) for row, mode in each)
 
 

@@ -4,7 +4,8 @@ Requests and answers are JSON, a line each, on standard input and output:
     {"do": "list", settings} -> [{"name", "spec", "causal", "layer", "reason"}]      spec: the variant of this package that sees the same pairs
     {"do": "open", "B", "T"} -> {}                                                   what comes next is of this batch and length
     {"do": "prepare", "name", "mode"} -> {"seconds"} or {"reason"}                   builds and calls once: what it compiles is in there
-    {"do": "time", "name", "mode", "calls"} -> {"seconds"}                           of one call, the mean of so many
+    {"do": "time", "name", "mode", "calls"} -> {"seconds"} or {"reason"}             of one call, the mean of so many
+    {"do": "about"} -> {"torch", "device"}                                           its version, and where it runs
 
 A peer gets its inputs in the layout that it asks for, so that no copy of ours is timed. Those that come only with their projections (`layer`) get [B, T, N H],
 and gradients to input and parameters are taken.
@@ -59,14 +60,17 @@ class Peer:
     layout: str = "heads first"
     needs: tuple[str, ...] = ()
     cuda: bool = False
+    cpu_backward: bool = True
 
-    def reason(self) -> str | None:
-        """Why it cannot run here, if it cannot."""
+    def reason(self, platform: str = "cpu") -> str | None:
+        """Why it cannot run beside JAX on this platform, if it cannot."""
         for name in self.needs:
             try:
                 importlib.import_module(name)
             except ImportError as e:
                 return f"{name} cannot be imported: {e}"
+        if platform == "gpu" and not torch.cuda.is_available():
+            return f"PyTorch {torch.__version__} sees no GPU, though JAX does"
         return "it needs an NVIDIA GPU" if self.cuda and not torch.cuda.is_available() else None
 
 
@@ -75,7 +79,15 @@ def peers(settings: dict[str, Any]) -> list[Peer]:
     window, block, features, rank, landmarks = (settings[key] for key in ("window", "block", "features", "rank", "landmarks"))
     found = [Peer(f"sdpa{_way(causal)}", "full", causal, functools.partial(_sdpa, causal)) for causal in (True, False)]
     for spec, causal in settings["patterns"]:
-        found.append(Peer(f"flex_attention: {spec}{_way(causal)}", spec, causal, functools.partial(_flex, spec, causal)))
+        found.append(Peer(f"flex_attention: {spec}{_way(causal)}", spec, causal, functools.partial(_flex, spec, causal), cpu_backward=False))
+    fla = dict(causal=True, layout="heads last", needs=("fla",), cuda=True)
+    found += [
+        Peer("flash-linear-attention: linear", "linear", build=functools.partial(_fla, "linear_attn", "chunk_linear_attn"), **fla),
+        Peer("flash-linear-attention: retention", "retention", build=functools.partial(_fla, "retention", "chunk_retention"), **fla),
+        Peer("flash-linear-attention: delta", "delta", build=functools.partial(_fla, "delta_rule", "chunk_delta_rule"), **fla),
+    ]
+    if torch.cuda.is_available():  # the packages below are made of PyTorch's plain operations; the GPU's marks are those above
+        return found
     local = f"local(window={window})"
     found += [
         Peer("local-attention", local, True, functools.partial(_local_attention, window), needs=("local_attention",)),
@@ -88,12 +100,6 @@ def peers(settings: dict[str, Any]) -> list[Peer]:
     for causal in (True, False):
         spec = f"performer(features={features})"
         found.append(Peer(f"performer-pytorch{_way(causal)}", spec, causal, functools.partial(_performer, features, causal), needs=("performer_pytorch",)))
-    fla = dict(causal=True, layout="heads last", needs=("fla",), cuda=True)
-    found += [
-        Peer("flash-linear-attention: linear", "linear", build=functools.partial(_fla, "linear_attn", "chunk_linear_attn"), **fla),
-        Peer("flash-linear-attention: retention", "retention", build=functools.partial(_fla, "retention", "chunk_retention"), **fla),
-        Peer("flash-linear-attention: delta", "delta", build=functools.partial(_fla, "delta_rule", "chunk_delta_rule"), **fla),
-    ]
     return found
 
 
@@ -110,10 +116,13 @@ def _flex(spec, causal, shape):
 
     attention = make_attention(spec, num_heads=shape.N, head_dim=shape.H, max_len=shape.T, causal=causal)
     mask_mod = mask_mod_of(single_pattern(attention, shape.T), shape.device)
+    # A compilation for each pattern, mode and length: past Dynamo's limit it would run unfused, some sixty times slower, and say nothing.
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     # Compiled, or it would make the whole T x T mask first.
     make = torch.compile(create_block_mask) if shape.device == "cuda" else create_block_mask
     block_mask = make(mask_mod, None, None, shape.T, shape.T, device=shape.device)
-    return functools.partial(torch.compile(flex_attention, dynamic=False), block_mask=block_mask)
+    return functools.partial(torch.compile(flex_attention, dynamic=False, fullgraph=True), block_mask=block_mask)
 
 
 def mask_mod_of(pattern: Pattern, device: str) -> Callable:
@@ -230,12 +239,18 @@ class Worker:
         """Every peer, and why it cannot run if it cannot."""
         self.settings = settings
         self.peers = {peer.name: peer for peer in peers(settings)}
-        return [{"name": p.name, "spec": p.spec, "causal": p.causal, "layer": p.layer, "reason": p.reason()} for p in self.peers.values()]
+        platform = settings.get("platform", "cpu")
+        return [{"name": p.name, "spec": p.spec, "causal": p.causal, "layer": p.layer, "reason": p.reason(platform)} for p in self.peers.values()]
+
+    def about(self) -> dict:
+        """What PyTorch this is, and where it runs."""
+        return {"torch": torch.__version__, "device": torch.cuda.get_device_name() if self.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"}
 
     def open(self, B: int, T: int) -> dict:
         """Frees what was built, and what comes next is of this batch and length."""
         s = self.settings
         self.built.clear()
+        torch._dynamo.reset()
         gc.collect()
         if self.device == "cuda":
             torch.cuda.empty_cache()
@@ -251,23 +266,28 @@ class Worker:
             call()
             self.synchronize()
         except Exception as e:  # a row with the reason, whatever it is
-            return {"reason": f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"[:300]}
+            return {"reason": _said(e)}
         self.built[name, mode] = call
         return {"seconds": time.perf_counter() - start}
 
     def time(self, name: str, mode: str, calls: int) -> dict:
-        """Seconds of one call."""
+        """Seconds of one call, or the reason why it failed."""
         call = self.built[name, mode]
-        self.synchronize()
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        self.synchronize()
+        try:
+            self.synchronize()
+            start = time.perf_counter()
+            for _ in range(calls):
+                call()
+            self.synchronize()
+        except Exception as e:
+            return {"reason": _said(e)}
         return {"seconds": (time.perf_counter() - start) / calls}
 
     def call_of(self, peer: Peer, mode: str) -> Callable[[], Any]:
         """A call without arguments of what is timed."""
         shape, backward = self.shape, mode == "forward_backward"
+        if backward and not peer.cpu_backward and self.device == "cpu":  # not tried: after a failed compilation its forward pass would run unfused too
+            raise NotImplementedError("it has no backward pass on the CPU")
         function = peer.build(shape)
         if hasattr(function, "to"):
             function = function.to(shape.device, shape.dtype)
@@ -296,6 +316,10 @@ class Worker:
     def synchronize(self):
         if self.device == "cuda":
             torch.cuda.synchronize()
+
+
+def _said(e: Exception) -> str:
+    return f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"[:300]
 
 
 def main() -> None:

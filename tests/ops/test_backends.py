@@ -32,6 +32,18 @@ def gpu(monkeypatch):
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
 
 
+@pytest.fixture(autouse=True)
+def cudnn_anywhere(monkeypatch):
+    """Its calls are lowered here, not run."""
+    monkeypatch.setattr(backends, "ANYWHERE", True)
+
+
+def test_cudnn_is_refused_where_there_is_no_gpu(monkeypatch):
+    monkeypatch.setattr(backends, "ANYWHERE", False)
+    with pytest.raises(UserError, match="attention.backend='cudnn' cannot serve here: it is for NVIDIA GPUs, and this runs on cpu"):
+        choose("cudnn", FULL, jnp.bfloat16, 64)
+
+
 def layer(spec, dtype=jnp.bfloat16, causal=True, backend="cudnn", N=4, H=16, padding="any"):
     return make_attention(spec, num_heads=N, num_kv_heads=2, head_dim=H, max_len=48, causal=causal, dtype=dtype, backend=backend, padding=padding)
 

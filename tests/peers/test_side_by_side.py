@@ -13,6 +13,7 @@ from peers import peer
 torch = peer("torch")
 sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
 from bench import torch_worker
+from bench.candidates import TorchProcess
 from bench.single_pattern import single_pattern
 
 T, N, H = 96, 2, 16
@@ -30,10 +31,11 @@ def test_flex_attention_sees_the_same_pairs(name):
 
 @pytest.fixture(scope="module")
 def worker():
-    worker = torch_worker.Worker()
-    worker.list(**SETTINGS)
-    worker.open(B=1, T=T)
-    return worker
+    """In a process of its own, as core_bench.py has it: there no test's type checks stand in the way of PyTorch's compiler."""
+    process = TorchProcess(sys.executable, SETTINGS)
+    process.ask("open", B=1, T=T)
+    yield process
+    process.close()
 
 
 CUDA_ALONE = {"flash-linear-attention: linear", "flash-linear-attention: retention", "flash-linear-attention: delta"}
@@ -43,13 +45,23 @@ NAMES = [p.name for p in torch_worker.peers(SETTINGS)]
 @pytest.mark.parametrize("mode", ["forward", "forward_backward"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_peer_gives_a_time_or_a_reason(worker, name, mode):
+    [reason] = [p["reason"] for p in worker.peers if p["name"] == name]
     if name in CUDA_ALONE and not torch.cuda.is_available():
-        assert "cannot be imported" in worker.peers[name].reason() or "needs an NVIDIA GPU" in worker.peers[name].reason()
+        assert "cannot be imported" in reason or "needs an NVIDIA GPU" in reason
         return
-    assert worker.peers[name].reason() is None
-    answer = worker.prepare(name=name, mode=mode)
+    assert reason is None
+    answer = worker.ask("prepare", name=name, mode=mode)
     if name.startswith("flex_attention") and mode == "forward_backward" and not torch.cuda.is_available():
-        assert "does not support backward on CPU" in answer["reason"]
+        assert "no backward pass on the CPU" in answer["reason"]
         return
     assert answer.keys() == {"seconds"}, answer
-    assert worker.time(name=name, mode=mode, calls=2)["seconds"] > 0
+    assert worker.ask("time", name=name, mode=mode, calls=2)["seconds"] > 0
+
+
+def test_no_peer_runs_on_the_cpu_beside_a_gpu():
+    if not torch.cuda.is_available():
+        assert all("sees no GPU" in p.reason("gpu") for p in torch_worker.peers(SETTINGS) if p.reason() is None)
+
+
+def test_it_says_what_it_is(worker):
+    assert worker.about["torch"] == torch.__version__ and worker.about["device"]
