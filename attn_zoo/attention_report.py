@@ -57,6 +57,8 @@ def write_attention(workdir: str | os.PathLike, data_dir: str) -> list[str]:
 def cell_figures(workdir: str | os.PathLike, record: dict[str, Any], data_dir: str, title: str) -> Iterator[tuple[str, str, Figure]]:
     """(name, what it shows, figure) of a cell: of some examples what the source is read for, and of the first the self-attention."""
     model, task = load_trained(workdir, record["id"], data_dir=data_dir)
+    if not task.inputs_vocab:
+        return  # pictures alone, classified: what attends there is a layer of a convolutional network, and has no positions to name
     chosen = examples(task, EXAMPLES)
     grid = model.encoder.net.grid if task.image_shape is not None else None
     found = look_at(model, task, chosen)

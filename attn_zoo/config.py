@@ -59,6 +59,7 @@ class Model:
         check(self.N % (self.K or self.N) == 0, "K", self.K, f"must divide N={self.N}")
         check_number("dropout", self.dropout, 0, 0.99)
         _check_choices(self)
+        check(bool(self.where), "where", self.where, "must name a place for the variant: encoder, decoder or cross")
         for place in self.where:
             check_choice("where", place, ("encoder", "decoder", "cross"))
         check(self.F is None or self.ffn != "none", "F", self.F, "has no meaning with ffn='none'; leave it None")

@@ -111,7 +111,8 @@ def probes(records: list[dict[str, Any]], styles: dict) -> Figure | None:
             if points:  # side by side, so that bars can be told apart
                 x = [n + 0.4 * ((j + 0.5) / len(styles) - 0.5) for n, _ in points]
                 y, half = [100 * p.score for _, p in points], [100 * (p.interval or 0.0) for _, p in points]
-                ax.errorbar(x, y, yerr=half if any(half) else None, lw=1, ms=3.5, elinewidth=0.7, capsize=1.5, **style)
+                bars = [[min(h, s) for h, s in zip(half, y)], [min(h, 100 - s) for h, s in zip(half, y)]]  # no share is below 0 or above 100
+                ax.errorbar(x, y, yerr=bars if any(half) else None, lw=1, ms=3.5, elinewidth=0.7, capsize=1.5, **style)
         ax.set(xticks=range(len(splits)), xticklabels=[], ylim=(-3, 103))
         if len(lengths) > 1:
             ax.set_title(f"T = {T:,}", fontsize=FONT, pad=2)

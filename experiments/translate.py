@@ -29,4 +29,5 @@ experiment = Experiment(
         checkpoint_every=5000,
     ),
     measure=Measure(modes=("train_step",)),
+    timeout_s=7 * 86_400,
 )

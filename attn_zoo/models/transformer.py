@@ -180,6 +180,11 @@ class Transformer(nnx.Module):
             raise UserError("what reads a source is a decoder; causal=False with a source has no meaning")
         if reads and model.share_embeddings and source_vocab > inputs_vocab:
             raise UserError(f"share_embeddings=True: {source_vocab} source tokens do not fit {inputs_vocab} target embeddings; use share_embeddings=False")
+        places = ("encoder", "decoder", "cross") if reads and not self.reads_picture else ("decoder", "cross") if reads else ("encoder", "decoder")
+        if not set(model.where) & set(places):
+            raise UserError(f"where={','.join(model.where)}: this model has no such place for the variant; it has {' and '.join(places)}")
+        if self.reads_picture and model.share_embeddings:
+            raise UserError("share_embeddings=True: a picture has no token embeddings to share; use share_embeddings=False")
         full = parse_variant("full")
         decoder = variant if not reads or "decoder" in model.where else full
         crossing = [] if not reads else variant if "cross" in model.where else parse_variant(model.cross)

@@ -13,6 +13,7 @@ from attn_zoo.spec import Unsupported, UserError
 from attn_zoo.train import make_optimizer
 
 T, S, V, U = 10, 13, 11, 9
+POOLING = {"attention_over_attention", "clustered", "informer", "nystrom"}  # queries together: later targets would reach earlier ones
 
 
 def make(variant="full", *, source_vocab=U, seed=0, **fields):
@@ -38,6 +39,13 @@ def test_the_swept_variant_stands_where_it_is_told():
     assert names(make("[full, linear]", where=("decoder",), cross="topk(k=3)", encoder_layers=1)) == {"self": ["full", "linear"], "cross": ["topk"] * 2, "encoder": ["full"]}
 
 
+def test_a_place_that_the_model_has_not_is_refused():
+    with pytest.raises(UserError, match="where=cross: this model has no such place for the variant; it has encoder and decoder"):
+        Transformer(config.Model(where=("cross",)), variant=parse_variant("full"), inputs_vocab=V, num_outputs=V, max_len=T, causal=True, per_token=True, rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match="where=.*must name a place"):
+        config.Model(where=())
+
+
 @pytest.mark.parametrize("name", [name for name, v in VARIANTS.items() if v.cross is True])
 def test_every_variant_that_claims_cross_reads_an_encoder_or_says_why_not(name):
     build = lambda: make(name, where=("cross",), layers=1)
@@ -45,8 +53,9 @@ def test_every_variant_that_claims_cross_reads_an_encoder_or_says_why_not(name):
     try:
         model = build()
     except Unsupported as e:
-        assert "depends on the other queries" in str(e)
+        assert name in POOLING and "depends on the other queries" in str(e)
         return
+    assert name not in POOLING
     run = jax.jit(lambda source: model(tokens, source=source, source_valid=valid))
     logits = run(source)
     assert logits.shape == (3, T, V) and np.isfinite(logits).all()
