@@ -37,6 +37,8 @@ class Row:
     exact_interval: float | None = None
     slots: float | None = None  # share of what is said that is right, where a task has slots and the model writes by itself
     slots_interval: float | None = None
+    bleu: float | None = None  # 0 to 100, of translations that the model writes by itself
+    bleu_interval: float | None = None
     tokens_per_step: int | None = None
     tokens_per_s: float | None = None
     times_faster: float | None = None  # than the reference at this length: its step time over this one's
@@ -252,6 +254,7 @@ def _row(records: list[dict], reference: list[dict]) -> Row:
     accuracy, accuracy_interval = mean_interval(_values(ok, "metrics", "eval_accuracy"))
     exact, exact_interval = mean_interval(_values(ok, "metrics", "eval_exact") if generates(records) else [])
     slots, slots_interval = mean_interval(_values(ok, "written", "eval_slots"))
+    bleu, bleu_interval = mean_interval(_values(ok, "written", "eval_bleu"))
     rates = [(rate, fraction) for r in ok for rate, fraction in [_rate(r)] if rate is not None]
     fractions = [fraction for _, fraction in rates if fraction is not None]
     lower_s, compile_s = (pool(median, "compile", "train_step", part, of=records) for part in ("lower_s", "compile_s"))
@@ -272,6 +275,8 @@ def _row(records: list[dict], reference: list[dict]) -> Row:
         exact_interval=exact_interval,
         slots=slots,
         slots_interval=slots_interval,
+        bleu=bleu,
+        bleu_interval=bleu_interval,
         tokens_per_step=pool(median, "tokens_per_step"),
         tokens_per_s=pool(median, "tokens_per_s"),
         times_faster=reference_s / step_s if reference_s and step_s else None,

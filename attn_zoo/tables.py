@@ -41,6 +41,7 @@ def main_table(rows: list[Row], records: list[dict[str, Any]]) -> Table:
         "accuracy, %": lambda r: with_interval(_times(r.accuracy, 100), _times(r.accuracy_interval, 100), summary.DECIMALS - 2),
         "exact match, %": lambda r: with_interval(_times(r.exact, 100), _times(r.exact_interval, 100), summary.DECIMALS - 2),
         "slots, %": lambda r: with_interval(_times(r.slots, 100), _times(r.slots_interval, 100), summary.DECIMALS - 2),
+        "BLEU": lambda r: with_interval(r.bleu, r.bleu_interval, 1),
         "tokens/s": lambda r: number(r.tokens_per_s),
         f"× {REFERENCE}": lambda r: with_interval(r.times_faster, None, 2),
         "step, ms (p20–p80)": lambda r: _step(r) + DISTURBED * r.disturbed,
@@ -55,7 +56,7 @@ def main_table(rows: list[Row], records: list[dict[str, Any]]) -> Table:
         "seeds": lambda r: "" if r.status == "floor" else _seeds(r),
     }
     # What no cell was asked for has no column.
-    optional = {"accuracy, %": "accuracy", "exact match, %": "exact", "slots, %": "slots"}
+    optional = {"accuracy, %": "accuracy", "exact match, %": "exact", "slots, %": "slots", "BLEU": "bleu"}
     optional |= {"decode, tokens/s": "decode_tokens_per_s", "re-fed, tokens/s": "refeed_tokens_per_s", "state, KiB": "state_bytes"}
     for column, field in optional.items():
         if all(getattr(row, field) is None for row in rows):
@@ -69,6 +70,8 @@ def main_table(rows: list[Row], records: list[dict[str, Any]]) -> Table:
         note += "Exact match is the share of examples without a mistake in any target. "
     if "slots, %" in columns:
         note += "Slots is the share of what is to be said that is right in what the model writes by itself, mean over the kinds of slot. "
+    if "BLEU" in columns:
+        note += "BLEU is sacreBLEU's, of what the model writes by itself, greedily, against the translations of the set. "
     if "tokens/s" in columns:
         note += (
             f"Tokens/s, × {REFERENCE} (how many times faster at the same T) and step are of the train step: median of its steps, median over seeds, "

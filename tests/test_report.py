@@ -473,6 +473,12 @@ def test_exact_match_has_a_column_where_a_task_has_floors_of_it():
     assert {row["exact match, %"] for row in rows} == {"75.0 ± 0.0", "1.0"}
 
 
+def test_bleu_has_a_column_where_the_model_translated_by_itself():
+    assert "BLEU" not in markdown_rows(sweep())[0]
+    translated = [record | {"written": {"eval_bleu": 27.3}} for record in sweep()]
+    assert "27.3 ± 0.0" in {row["BLEU"] for row in markdown_rows(translated)}
+
+
 def test_slots_have_a_column_where_the_model_wrote_by_itself():
     said = [record | {"written": {"eval_slots": 0.8, "eval_slot_colour": 0.9}} for record in sweep()]
     floors = {"blind": {"eval_loss": 1.0, "eval_accuracy": 0.1, "eval_bits_per_byte": 1.4, "eval_slots": 0.3}}

@@ -74,6 +74,7 @@ class Translate(PairTask):
         self.inputs_vocab = self.num_outputs = options.vocab
         if not self.joined:
             self.source_vocab, self.source_len = options.vocab, options.source_len or seq_len
+            self.begin_end = BEGIN, END
 
     @functools.cached_property
     def sentences(self) -> tfds.core.DatasetBuilder:
@@ -118,6 +119,12 @@ class Translate(PairTask):
     def bleu(self, hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, float | str]:
         """{'bleu', 'signature'} of translations, as `bleu` has it for the target language."""
         return bleu(hypotheses, references, self.options.target)
+
+    def written_scores(self, written_BT, targets_BT):
+        """BLEU of what a model wrote for the sources of `eval_examples`, in their order, against the translations of the set."""
+        rows = np.flatnonzero((targets_BT != PAD).any(axis=1))  # the last batch may have others
+        hypotheses = [self.text(written_BT[row]) for row in rows]
+        return {"eval_bleu": self.bleu(hypotheses, self.references(len(rows) * self.seq_len))["bleu"]}
 
     def evaluated(self, tokens: int, split: str) -> list[int]:
         """The records that make up an evaluation."""

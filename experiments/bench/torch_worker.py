@@ -93,7 +93,7 @@ def peers(settings: dict[str, Any]) -> list[Peer]:
         Peer("local-attention", local, True, functools.partial(_local_attention, window), needs=("local_attention",)),
         Peer("Longformer (transformers)", local, False, functools.partial(_longformer, window), layer=True, needs=("transformers",)),
         Peer("BigBird (transformers)", f"block(block={block}, global_blocks=2, random_blocks=3)", False, functools.partial(_bigbird, block), layer=True, needs=("transformers",)),
-        Peer("linformer", f"linformer(rank={rank}, share='heads')", False, functools.partial(_linformer, rank), layer=True, needs=("linformer",)),
+        Peer("linformer (PyTorch)", f"linformer(rank={rank}, share='heads')", False, functools.partial(_linformer, rank), layer=True, needs=("linformer",)),
         Peer("nystrom-attention", f"nystrom(landmarks={landmarks}, residual_kernel=33)", False, functools.partial(_nystrom, landmarks), layer=True, needs=("nystrom_attention",)),
         Peer("reformer-pytorch", f"lsh(num_hashes=4, bucket_size={block})", True, functools.partial(_reformer, block), layout="shared", needs=("reformer_pytorch",)),
     ]

@@ -63,5 +63,9 @@ def test_no_peer_runs_on_the_cpu_beside_a_gpu():
         assert all("sees no GPU" in p.reason("gpu") for p in torch_worker.peers(SETTINGS) if p.reason() is None)
 
 
+def test_no_peer_has_the_name_of_a_variant():
+    assert not {spec.split("(")[0] for spec in NAMES if "PyTorch" not in spec} & VARIANTS.keys()  # a row is known by its name
+
+
 def test_it_says_what_it_is(worker):
     assert worker.about["torch"] == torch.__version__ and worker.about["device"]

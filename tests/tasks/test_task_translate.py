@@ -190,6 +190,16 @@ def test_bleu_is_of_the_whole_text_not_a_mean_of_sentences(make):
     assert task.bleu(hypotheses, references)["bleu"] == sacrebleu.corpus_bleu(hypotheses, [references]).score < 100
 
 
+def test_what_a_model_writes_is_scored_against_the_set(make):
+    """The true targets as if a model had written them, in batches whose last has rows without a sentence; and what one that stops at once writes."""
+    task = make()
+    targets = np.concatenate([batch["targets"] for batch in task.eval_batches(3, 4 * task.seq_len)])
+    assert len(targets) == 6 and task.begin_end is not None and make(", joined=True").begin_end is None
+    expected = task.bleu([task.text(row) for row in targets[:4]], task.references(4 * task.seq_len))["bleu"]
+    assert task.written_scores(targets, targets) == {"eval_bleu": expected} and expected > 90
+    assert task.written_scores(np.full_like(targets, task.begin_end[1]), targets)["eval_bleu"] == 0
+
+
 @pytest.mark.parametrize("package", ["sentencepiece", "sacrebleu"])
 def test_a_missing_package_names_its_extra(make, package, monkeypatch):
     task = make()
