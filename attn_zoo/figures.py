@@ -187,18 +187,19 @@ def against_length(points: list[tuple], styles: dict, title: str, log: bool, flo
 
 def panels(groups: dict[str, list[tuple]], title: str) -> Figure:
     """A panel a group of such points, two beside each other on the same axes, log-log, each with its own styles and its legend at its right."""
-    down, height, legend = math.ceil(len(groups) / 2), 1.9, 1.25  # inches
-    size = 2 * COLUMN + 1.2, down * height
+    longest = max(len(str(point[0])) for points in groups.values() for point in points)
+    down, across, height, legend = math.ceil(len(groups) / 2), 2.4, 1.9, (5 * FONT + 0.58 * (FONT - 1) * longest) / 72  # inches
+    size = LEFT + 2 * (across + legend) + LEFT / 2, down * height
     figure = Figure(figsize=size)
     FigureCanvasAgg(figure)
     axes = figure.subplots(down, 2, squeeze=False, sharex=True, sharey=True).flatten()
     lengths = sorted({T for points in groups.values() for _, T, *_ in points})
-    figure.subplots_adjust(LEFT / size[0], BOTTOM / size[1], 1 - legend / size[0], 1 - 0.2 / size[1], wspace=0.75, hspace=0.22)
+    figure.subplots_adjust(LEFT / size[0], BOTTOM / size[1], 1 - legend / size[0], 1 - 0.3 / size[1], wspace=(legend + LEFT / 2) / across, hspace=0.25)
     for ax, (name, points) in zip(axes, groups.items()):
         _look(ax)
         styles = variant_styles(list(dict.fromkeys(point[0] for point in points)))
         _draw_lengths(ax, points, styles, title, log=True, lengths=lengths)
-        ax.set_title(name, fontsize=FONT, pad=3)
+        ax.set_title(name if len(name) < 60 else name.replace(", ", ",\n", 1), fontsize=FONT, pad=3)
         ax.legend(handles=_handles(styles), loc="center left", bbox_to_anchor=(1.0, 0.5), **LEGEND)
         ax.label_outer()
     if len(groups) % 2:

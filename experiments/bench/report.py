@@ -82,18 +82,20 @@ def side_by_side(records: list[Record], mode: str) -> str:
 
 
 def draw(records: list[Record]) -> dict[str, Any]:
-    """Milliseconds against T, log-log: of the variants, a figure a mode, and of peers with the variants beside them."""
+    """Milliseconds against T, log-log: of the variants, a figure a mode with a panel a family; of the peers, with a panel for each variant that one stands beside."""
     drawn = {}
     for mode in MODES:
         known = [r for r in records if r["cell"]["mode"] == mode and r["status"] == "ok"]
-        sides = {(r["cell"]["spec"], r["cell"]["causal"], r["cell"]["layer"]) for r in known if r["cell"]["peer"]}
-        compared = [r for r in known if (r["cell"]["spec"], r["cell"]["causal"], r["cell"]["layer"]) in sides]
         families = by_family([r for r in known if not r["cell"]["peer"] and not r["cell"]["layer"]])
         if families:
             drawn[mode] = figures.panels({name: points_of(own) for name, own in families.items()}, "milliseconds")
+        sides: dict[tuple, list[Record]] = {}
+        for r in sorted(known, key=lambda r: r["cell"]["peer"]):  # of each side the variant first
+            sides.setdefault(tuple(r["cell"][key] for key in ("spec", "causal", "layer")), []).append(r)
+        ours = lambda own: [(name if peer else "attn_zoo", *rest) for (name, *rest), peer in zip(points_of(own), (r["cell"]["peer"] for r in own))]
+        compared = {own[0]["cell"]["variant"]: ours(own) for own in sides.values() if not own[0]["cell"]["peer"] and own[-1]["cell"]["peer"]}
         if compared:
-            points = points_of(compared)
-            drawn[f"{mode}_peers"] = figures.against_length(points, figures.variant_styles(list(dict.fromkeys(p[0] for p in points))), "milliseconds", log=True)
+            drawn[f"{mode}_peers"] = figures.panels(compared, "milliseconds")
     return drawn
 
 
