@@ -10,7 +10,9 @@ from jaxtyping import Array, Float
 
 def dot_rows(x: Float[Array, "*rows H"], y: Float[Array, "*rows H"]) -> Float[Array, "*rows"]:
     """sum_h x y, accumulated in float32 at least."""
-    return jnp.einsum("...H,...H->...", x, y, precision="highest", preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+    wide = jnp.result_type(x, y, jnp.float32)
+    x, y = x.astype(wide), y.astype(wide)  # before, not in the product: of bfloat16 XLA's CPU backend has no such one
+    return jnp.einsum("...H,...H->...", x, y, precision="highest")
 
 
 def scale_rows(x: Float[Array, "*rows H"], factor: Float[Array, "*rows"]) -> Float[Array, "*rows H"]:

@@ -135,16 +135,16 @@ def bend(scores, i, j, params):
     return cap * jnp.tanh(scores / cap) - slope * abs(i - j)
 
 
-@pytest.mark.parametrize("tile_bytes", [1, 2**21], ids=["a-row-a-step", "all-rows-a-step"])
-def test_score_mod_and_its_parameters(tile_bytes, monkeypatch):
-    monkeypatch.setattr(blocked, "TILE_BYTES", tile_bytes)
-    q, k, v = normals(2, 53, 61, 4, 2, 16)
-    rng, valid = np.random.default_rng(1), holes(2, 61)
-    params = {"cap": jnp.asarray(rng.uniform(1, 3, 4), jnp.float32), "slopes": jnp.asarray(rng.uniform(0.01, 0.3, (4, 2)), jnp.float32)}
+@pytest.mark.parametrize("rows", [1, 2, 4, 8, 16], ids=["a-head-a-step", "two-heads", "a-sequence", "two-sequences", "all-at-once"])
+def test_score_mod_and_its_parameters(rows, monkeypatch):
+    monkeypatch.setattr(blocked, "TILE_BYTES", rows * 2 * 16 * 16 * 4)
+    q, k, v = normals(4, 53, 61, 8, 4, 16)
+    rng, valid = np.random.default_rng(1), holes(4, 61)
+    params = {"cap": jnp.asarray(rng.uniform(1, 3, 8), jnp.float32), "slopes": jnp.asarray(rng.uniform(0.01, 0.3, (8, 2)), jnp.float32)}
     pattern = Band(40, 25)
     outputs, gradients = results(engine(bend, pattern=pattern, valid_BS=valid, block=16), q, k, v, params)
     expected, expected_gradients = exact(q, k, v, params, pattern=pattern, valid_BS=valid, fn=bend)
-    assert gradients[3]["slopes"].shape == (4, 2) and (abs(gradients[3]["slopes"]) > 1e-3).all()
+    assert gradients[3]["slopes"].shape == (8, 2) and (abs(gradients[3]["slopes"]) > 1e-3).all()
     assert_close(outputs, expected, 2e-6)
     assert_close(gradients, expected_gradients, 5e-6)
 
