@@ -188,11 +188,14 @@ def _attend(pattern: Pattern, mask: BlockMask, fn, scale: float, rows: tuple[int
         B, K, H = q.shape[0], k.shape[2], q.shape[3]
         G = q.shape[2] // K
         count, corner_of = groups(B, K)
+        # XLA's CPU backend has products of half-precision numbers in some layouts only, and chooses the layout of a transposed tile itself.
+        factor = jnp.promote_types(q.dtype, jnp.float32) if jax.default_backend() == "cpu" else q.dtype
 
         def group(g, gradients):
             dq, dk, dv, dparams = gradients
             corner = corner_of(g)
             k_g, v_g, valid_g, params_g = of_group(corner, k, v, valid, params)
+            k_g, v_g = k_g.astype(factor), v_g.astype(factor)
             # XLA's CPU product is three times slower when it contracts the leading axis of its left side, as p' do and ds' q would;
             # with q and do transposed beforehand, dk and dv come out transposed from plain products.
             flat = lambda x: x.reshape(len(x), G * bq, bk)
@@ -201,6 +204,7 @@ def _attend(pattern: Pattern, mask: BlockMask, fn, scale: float, rows: tuple[int
             def row(c, carry):
                 dq, *carry = carry
                 q_c, do_c, o_c, lse_c, dlse_c = (take(x, corner, G, c * bq, bq) for x in (q, do, o, lse, dlse))
+                q_c, do_c = q_c.astype(factor), do_c.astype(factor)
                 q_tc, do_tc = columns(q_c), columns(do_c)
                 seen = lse_c > -jnp.inf
                 lse_c = jnp.where(seen, lse_c, 0.0)
@@ -214,8 +218,8 @@ def _attend(pattern: Pattern, mask: BlockMask, fn, scale: float, rows: tuple[int
                     p = jnp.exp(scores - lse_c[..., None])
                     dp = jnp.einsum("PGTH,PSH->PGTS", do_c, v_j, preferred_element_type=jnp.float32)
                     draw, dparams_j = pull(p * (dp - delta_c[..., None]))
-                    draw = (scale * draw).astype(q.dtype)
-                    dv_t = _add_at(dv_t, jnp.einsum("PHR,PRS->PHS", do_tc, flat(p.astype(q.dtype)), preferred_element_type=jnp.float32), j0)
+                    draw = (scale * draw).astype(factor)
+                    dv_t = _add_at(dv_t, jnp.einsum("PHR,PRS->PHS", do_tc, flat(p.astype(factor)), preferred_element_type=jnp.float32), j0)
                     dk_t = _add_at(dk_t, jnp.einsum("PHR,PRS->PHS", q_tc, flat(draw), preferred_element_type=jnp.float32), j0)
                     dq_c = dq_c + jnp.einsum("PGTS,PSH->PGTH", draw, k_j, preferred_element_type=jnp.float32)
                     return dq_c, dk_t, dv_t, jax.tree.map(jnp.add, dparams_g, dparams_j)
