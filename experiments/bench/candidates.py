@@ -69,7 +69,7 @@ class Jax:
         except CannotRun:
             raise
         except Exception as e:  # a row with the reason, whatever it is
-            raise CannotRun(_said(e)) from None
+            raise CannotRun(said(e)) from None
         self._compiled[mode] = compiled, args
         return {"compile": seconds, "temp_bytes": compiled.memory_analysis().temp_size_in_bytes}
 
@@ -82,7 +82,7 @@ class Jax:
                 o = compiled(*args)
             jax.block_until_ready(o)
         except Exception as e:
-            raise CannotRun(_said(e)) from None
+            raise CannotRun(said(e)) from None
         return (time.perf_counter() - start) / calls
 
     def _both(self, *args):
@@ -95,7 +95,8 @@ class Jax:
         return jax.random.normal(jax.random.key(3), o.shape).astype(o.dtype)
 
 
-def _said(e: Exception) -> str:
+def said(e: Exception) -> str:
+    """The first line of a failure, with its kind."""
     return f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"[:300]
 
 

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, it is no part of a package
+from bench.candidates import said
 from bench.single_pattern import single_pattern
 
 from attn_zoo import make_attention
@@ -266,7 +267,7 @@ class Worker:
             call()
             self.synchronize()
         except Exception as e:  # a row with the reason, whatever it is
-            return {"reason": _said(e)}
+            return {"reason": said(e)}
         self.built[name, mode] = call
         return {"seconds": time.perf_counter() - start}
 
@@ -280,7 +281,7 @@ class Worker:
                 call()
             self.synchronize()
         except Exception as e:
-            return {"reason": _said(e)}
+            return {"reason": said(e)}
         return {"seconds": (time.perf_counter() - start) / calls}
 
     def call_of(self, peer: Peer, mode: str) -> Callable[[], Any]:
@@ -316,10 +317,6 @@ class Worker:
     def synchronize(self):
         if self.device == "cuda":
             torch.cuda.synchronize()
-
-
-def _said(e: Exception) -> str:
-    return f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"[:300]
 
 
 def main() -> None:
