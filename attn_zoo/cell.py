@@ -21,10 +21,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attn_zoo import estimator, measure, provenance, train
-from attn_zoo.attention import find, parse_variant
+from attn_zoo.attention import find
 from attn_zoo.checkpoints import Checkpoints
 from attn_zoo.config import Cell
-from attn_zoo.models import BODIES, param_counts
+from attn_zoo.models import param_counts, read_variant
 from attn_zoo.parameters import write_parameters
 from attn_zoo.results import write_record
 from attn_zoo.spec import Unsupported, UserError
@@ -63,11 +63,12 @@ def _fill(record: dict, cell: Cell, workdir: str, data_dir: str, report: Callabl
         seconds[name], clock = seconds.get(name, 0.0) + now - clock, now
 
     report(phase="prepare")
-    body = BODIES[cell.model.body]
-    found = [(spec, *find(spec, body.registry, body.kind)) for spec in parse_variant(cell.variant, body.registry, body.kind)]
+    entry = read_variant(cell.variant, cell.model)
+    found = [(spec, *find(spec, entry.body.registry, entry.body.kind)) for spec in entry.specs]
     task = load_task(cell.task, cell.seq_len, data_dir)
-    record["config"] = {"variant": [{"name": spec.name} | dataclasses.asdict(options) for spec, _, options in found], "task": dataclasses.asdict(task.options)}
-    record["paper"] = list({p["key"]: p for p in (dataclasses.asdict(entry.paper) for _, entry, _ in found)}.values())
+    variant = [{"name": spec.name} | dataclasses.asdict(options) for spec, _, options in found]
+    record["config"] = {"variant": variant, "model": dataclasses.asdict(entry.model), "task": dataclasses.asdict(task.options)}
+    record["paper"] = list({p["key"]: p for p in (dataclasses.asdict(named.paper) for _, named, _ in found)}.values())
     model = train.Model(cell, task)
     record["params"] = param_counts(model.abstract)
     record["loss_name"] = task.loss_name

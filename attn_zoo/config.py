@@ -19,13 +19,12 @@ def _check_choices(node: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """The model that all variants share; fields in capitals are the letters of attention/base.py.
+    """The model that all variants share; fields in capitals are the letters of attention/base.py. Which of them a body reads is in `SETTINGS`.
 
-    With body='recurrent' a variant is an alignment (attn_zoo.models.recurrent), of the fields those that have a meaning there are D, layers,
-    encoder_layers, cell, dropout and dtype. With body='convolutional' it is a kind of convolution (attn_zoo.models.convolutional_stack).
-    With body='reader' it is how an answer is found (attn_zoo.models.reader); the fields are those of a recurrent body.
-    With body='convnet', a convolutional network for pictures (attn_zoo.models.picture_classifier), it is what attends in the one layer of attention there, or
-    'none'; D are the channels of its stages (the first has half), layers is the number of stages, and of the other fields N, H, norm and dtype have a meaning.
+    What a variant is depends on the body: of the Transformer it is of the zoo, as in body='convnet', a convolutional network for pictures with one layer of
+    attention (attn_zoo.models.picture_classifier), where D are the channels of its stages (the first has half) and `layers` their number. With
+    body='recurrent' it is an alignment (attn_zoo.models.recurrent), with body='convolutional' a kind of convolution (attn_zoo.models.convolutional_stack), with
+    body='reader' how an answer is found (attn_zoo.models.reader).
     """
 
     D: int = 256  # model dim
@@ -73,6 +72,17 @@ class Model:
     @property
     def num_kv_heads(self) -> int:
         return self.K or self.N
+
+
+_RECURRENT = ("D", "layers", "dropout", "encoder_layers", "dtype", "cell")
+
+SETTINGS: dict[str, tuple[str, ...]] = {  # the fields that have a meaning, by body
+    "transformer": tuple(field.name for field in dataclasses.fields(Model) if field.name not in ("body", "cell")),
+    "recurrent": _RECURRENT,
+    "convolutional": ("D", "layers", "norm", "positions", "dropout", "tie_embeddings", "encoder_layers", "pool", "dtype"),
+    "reader": _RECURRENT,
+    "convnet": ("D", "layers", "N", "H", "norm", "dtype"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +147,10 @@ class Measure:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A sweep: variants x sequence lengths x seeds of one model on one task. A file in experiments/ ends in one of these."""
+    """A sweep: variants x sequence lengths x seeds of one model on one task. A file in experiments/ ends in one of these.
+
+    A variant may bring a body or settings of its own, as `recurrent(additive, layers=1)` does (attn_zoo.models.bodies): then several models stand in one table.
+    """
 
     name: str
     task: str  # a spec, e.g. "bytes(objective='masked')"
@@ -220,22 +233,22 @@ def _replace(node: Any, path: str, keys: list[str], value: Any) -> Any:
         inside = ", ".join(f"{prefix}{key}.{f.name}" for f in dataclasses.fields(inner))
         raise UserError(f"--set {path}: {prefix + key!r} is a group; set one of its fields: {inside}")
     try:
-        new = _replace(inner, path, rest, value) if rest else _coerce(fields[key], value)
+        new = _replace(inner, path, rest, value) if rest else coerce(fields[key], value)
         return dataclasses.replace(node, **{key: new})
     except UserError as e:
         raise e if str(e).startswith("--set") else UserError(f"--set {path}={value!r}: {e}") from None
 
 
-def _coerce(hint: Any, value: Any) -> Any:
-    """The value as the field's type, where that loses nothing (an int for a float, a list for a tuple)."""
+def coerce(hint: Any, value: Any) -> Any:
+    """The value as the field's type, where that loses nothing (an int for a float, a list for a tuple). Raises UserError where it is of another."""
     origin = typing.get_origin(hint)
     if origin is types.UnionType:
-        return None if value is None else _coerce(typing.get_args(hint)[0], value)
+        return None if value is None else coerce(typing.get_args(hint)[0], value)
     if origin is Literal:
         return value  # the dataclass's own check names the choices
     if origin is tuple:
         values = value if isinstance(value, (list, tuple)) else [value]
-        return tuple(_coerce(typing.get_args(hint)[0], v) for v in values)
+        return tuple(coerce(typing.get_args(hint)[0], v) for v in values)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):

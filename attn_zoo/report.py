@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from attn_zoo import results, summary
+from attn_zoo.config import SETTINGS
 from attn_zoo.spec import UserError
 from attn_zoo.tables import Table, html, latex, main_table, markdown, probe_table, readable, scaling_table, small_tables
 
@@ -74,11 +75,11 @@ def tables(records: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def _tables(rows: list[summary.Row], records: list[dict[str, Any]]) -> list[Table]:
-    """The main table, that of further splits where the task has any, and that of growth where steps were timed."""
+    """The main table, that of further splits where the task has any, and that of growth where steps were timed at several lengths."""
     found = [main_table(rows, records)]
     if summary.probes(records):
         found.append(probe_table(records))
-    return [*found, scaling_table(rows)] if summary.scaling(rows) else found
+    return [*found, scaling_table(rows)] if any(s.lengths > 1 for s in summary.scaling(rows)) else found
 
 
 def readme_table(records: list[dict[str, Any]]) -> str:
@@ -100,7 +101,8 @@ def provenance_notes(records: list[dict[str, Any]]) -> list[str]:
     """What was run, where and with what, in two lines; and a line for each way in which the records are not of one origin."""
     done = [r for r in records if r["status"] != "missing"] or records
     cell = done[0]["cell"]
-    settings = [f"{group} {readable(cell[group])}" for group in ("model", "attention", "train") if cell.get(group)]
+    shown = dict(cell) | {"model": _in_use(cell.get("model") or {}, summary.variants_of(records))}
+    settings = [f"{group} {readable(shown[group])}" for group in ("model", "attention", "train") if shown.get(group)]
     origin = [r["provenance"] for r in done if "device_kind" in (r.get("provenance") or {})]  # a cell that was killed could not say
     if not origin:
         return [f"Task `{cell['task']}`; {'; '.join(settings)}."]
@@ -123,6 +125,12 @@ def provenance_notes(records: list[dict[str, Any]]) -> list[str]:
     if dirty:
         notes.append(f"Mind: {dirty} of {len(origin)} records were made with uncommitted changes in the tree.")
     return notes
+
+
+def _in_use(model: dict[str, Any], variants: list[str]) -> dict[str, Any]:
+    """The settings that have a meaning in the sweep's model, or in a row's own."""
+    bodies = {model.get("body", "transformer"), *(body for body in SETTINGS if any(variant.startswith(f"{body}(") for variant in variants))}
+    return {name: value for name, value in model.items() if name == "body" or any(name in SETTINGS[body] for body in bodies)}
 
 
 def cite(records: list[dict[str, Any]]) -> str:

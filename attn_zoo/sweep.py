@@ -17,9 +17,9 @@ from typing import Any
 
 import filelock
 
-from attn_zoo.attention import parse_variants, variant_text
-from attn_zoo.config import Cell, Experiment
-from attn_zoo.models import BODIES
+from attn_zoo import train
+from attn_zoo.config import Attention, Cell, Experiment
+from attn_zoo.models import BODIES, read_variants
 from attn_zoo.ops.backends import check_backend
 from attn_zoo.parameters import parameters_path
 from attn_zoo.progress import Display
@@ -33,16 +33,18 @@ SHARED = ("name", "task", "model", "attention", "train", "measure")  # what all 
 
 def cells(experiment: Experiment, data_dir: str) -> list[Cell]:
     """Length by length, every variant, every seed; with variants in canonical form. Raises UserError for anything no cell could run with."""
-    body = BODIES[experiment.model.body]
-    variants = [specs for text in experiment.variants for specs in parse_variants(text, body.registry, body.kind)]
-    for specs in variants:
-        layers = experiment.model.layers
-        check(len(specs) <= layers, "variants", variant_text(specs), f"lists {len(specs)} layers, but model.layers={layers}")
+    entries = [entry for text in experiment.variants for entry in read_variants(text, experiment.model)]
+    for entry in entries:
+        listed, layers = len(entry.specs), entry.model.layers
+        check(listed <= layers, "variants", entry.text, f"lists {listed} layers, but {'model.' * (entry.model == experiment.model)}layers={layers}")
     check_backend(experiment.attention.backend)
-    for T in experiment.seq_lens:
-        load_task(experiment.task, T, data_dir)
+    tasks = [load_task(experiment.task, T, data_dir) for T in experiment.seq_lens]
     shared = {name: getattr(experiment, name) for name in ("task", "model", "attention", "train", "measure")}
-    every = [Cell(variant_text(v), T, seed, **shared) for T in experiment.seq_lens for v in variants for seed in experiment.seeds]
+    every = [Cell(entry.text, T, seed, **shared) for T in experiment.seq_lens for entry in entries for seed in experiment.seeds]
+    for model in dict.fromkeys(entry.model for entry in entries):
+        # What a variant cannot do is a row; what no variant of a model can do is an error at once. Nothing here starts the accelerator, which belongs to the cells.
+        plain = dataclasses.replace(model, remat=False)
+        train.Model(dataclasses.replace(every[0], variant=BODIES[model.body].plainest, model=plain, attention=Attention()), tasks[0])
     return list(dict.fromkeys(every))
 
 

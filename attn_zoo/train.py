@@ -19,9 +19,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from attn_zoo import config
-from attn_zoo.attention import Attention, Drawn, Loss, ScoreFunction, Statistic, parse_variant
+from attn_zoo.attention import Attention, Drawn, Loss, ScoreFunction, Statistic
 from attn_zoo.measure import compile_timed
-from attn_zoo.models import BODIES, compiler_options
+from attn_zoo.models import compiler_options, read_variant
 from attn_zoo.models.generation import sample
 from attn_zoo.tasks.base import Batch, Task
 
@@ -40,12 +40,12 @@ class Model:
     """A model as a static graph and two pure dicts of arrays: what is trained, and the rest."""
 
     def __init__(self, cell: config.Cell, task: Task):
-        body = BODIES[cell.model.body]
+        entry = read_variant(cell.variant, cell.model)
 
         def build() -> nnx.Module:
-            return body.build(
-                cell.model,
-                variant=parse_variant(cell.variant, body.registry, body.kind),
+            return entry.body.build(
+                entry.model,
+                variant=list(entry.specs),
                 attention=cell.attention,
                 inputs_vocab=task.inputs_vocab,
                 num_outputs=task.num_outputs,
@@ -60,7 +60,7 @@ class Model:
 
         self._build = build
         self.padded = task.padded
-        self.compiler_options = compiler_options(cell.model)
+        self.compiler_options = compiler_options(entry.model)
         self.abstract = nnx.eval_shape(build)
         self.graph, self._params, self._rest = nnx.split(self.abstract, nnx.Param, ...)
         self.drawn = nnx.to_pure_dict(jax.tree.map(lambda x: isinstance(x, Drawn), self._rest, is_leaf=lambda x: isinstance(x, nnx.Variable)))

@@ -10,7 +10,7 @@ import pytest
 from attn_zoo import sweep, train
 from attn_zoo.attention import VARIANTS, parse_variant
 from attn_zoo.config import overlay
-from attn_zoo.models import BODIES
+from attn_zoo.models import read_variant
 from attn_zoo.spec import Unsupported
 from attn_zoo.tasks import load_task
 
@@ -46,16 +46,16 @@ def test_every_model_of_an_experiment_builds(path, tmp_path):
     assert len(sweep.cells(experiment, str(tmp_path))) == len(experiment.variants) * len(experiment.seq_lens) * len(experiment.seeds)
     for cell in sweep.cells(shortest_and_longest, str(tmp_path)):
         task = load_task(cell.task, cell.seq_len, str(tmp_path))
-        body = BODIES[cell.model.body]
-        specs = parse_variant(cell.variant, body.registry, body.kind)
+        entry = read_variant(cell.variant, cell.model)
         # A variant that stands in cross-attention alone need not be causal; other bodies have no causal attention.
-        causal = task.causal and cell.model.body == "transformer" and "decoder" in cell.model.where
-        refused = [spec.name for spec in specs if causal and VARIANTS[spec.name].causal is not True]
+        causal = task.causal and entry.model.body == "transformer" and "decoder" in entry.model.where
+        refused = [spec.name for spec in entry.specs if causal and VARIANTS[spec.name].causal is not True]
         if refused:
             with pytest.raises(Unsupported, match=refused[0]):
                 train.Model(cell, task)
-        else:
-            train.Model(cell, task)
+        else:  # and its dry run has what it prints
+            model = train.Model(cell, task).abstract
+            assert model.flops_per_step(2, cell.seq_len)["model"] > 0 and model.activation_bytes(2, cell.seq_len) > 0
     assert not list(tmp_path.iterdir()), "building a model prepares no data"
 
 

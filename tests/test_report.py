@@ -418,6 +418,15 @@ def test_records_of_several_origins_are_flagged():
     assert "commit 0123456789." in report.tables(sweep())["table.md"] and "some CPU, 2 cores" in report.tables(sweep())["table.md"]
 
 
+def test_settings_that_no_model_of_the_table_reads_are_not_told():
+    settings = {"D": 64, "N": 4, "norm": "layernorm", "body": "recurrent", "cell": "gru"}
+    told = lambda variants, **model: report.provenance_notes([make(cell__model=settings | model, cell__variant=v) for v in variants])[0].split("; ")[1].removeprefix("model ")
+    assert told(["dot"]) == "D=64, body=recurrent, cell=gru"
+    assert told(["full"], body="transformer") == "D=64, N=4, norm=layernorm, body=transformer"
+    assert told(["full", "recurrent(dot)"], body="transformer") == "D=64, N=4, norm=layernorm, body=transformer, cell=gru"
+    assert told(["dot", "convolutional(dilated)"]) == "D=64, norm=layernorm, body=recurrent, cell=gru"
+
+
 class Page(html.parser.HTMLParser):
     """Collects the links of a page and checks that its tags close."""
 

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import subprocess
 import sys
 import textwrap
 import time
@@ -22,7 +23,7 @@ from attn_zoo.parameters import parameters_path
 from attn_zoo.progress import Display
 from attn_zoo.results import STATUSES, load_records, load_sweep
 from attn_zoo.spec import UserError
-from tiny import MQAR, make_cell
+from tiny import ENV, MQAR, make_cell
 
 CELL = make_cell()
 EXPERIMENT = Experiment("tiny", MQAR, ("full",), (16,), model=CELL.model, attention=CELL.attention, train=CELL.train, measure=CELL.measure)
@@ -55,12 +56,40 @@ def test_one_meaning_is_one_cell(tmp_path):
         ({"task": "byte"}, "there is no task 'byte'; did you mean 'bytes'?"),
         ({"task": "bytes(objective='mask')"}, "did you mean 'masked'?"),
         ({"task": "listops"}, "seq_len=16: must be at least max_length=2000"),
+        ({"variants": ("full", "recurrent(additive)")}, "a recurrent model reads a source"),
+        ({"variants": ("full", "transformer(full, full, D=8)")}, "lists 2 layers, but layers=1"),
+        ({"model": dataclasses.replace(CELL.model, body="reader"), "variants": ("attention_sum",)}, "use the task cloze"),
+        ({"model": dataclasses.replace(CELL.model, where=("cross",))}, "this model has no such place"),
     ],
 )
 def test_what_no_cell_could_run_with_is_refused_before_any_does(changes, message, tmp_path):
     with pytest.raises(UserError) as error:
         sweep.cells(change(**changes), str(tmp_path))
     assert message in str(error.value)
+
+
+def test_several_models_are_rows_of_one_sweep(tmp_path):
+    asked = change(variants=("full, convolutional(dilated, layers=2), convolutional(dilated, D=16)",))
+    cells = sweep.cells(asked, str(tmp_path))
+    assert [c.variant for c in cells] == ["full", "convolutional(dilated, layers=2)", "convolutional(dilated)"]
+    assert {c.model for c in cells} == {asked.model}
+
+
+def test_the_accelerator_is_left_to_the_cells():
+    """A process that had started it would hold its memory. Here there is none to start, so that trying would be an error."""
+    code = """
+        from attn_zoo import sweep
+        from attn_zoo.config import Attention, Experiment, Model
+        model = Model(D=16, layers=1, N=2, remat=True)
+        print(len(sweep.cells(Experiment("x", "dates", ("full, recurrent(dot), convolutional(dilated)",), (12,), model=model, attention=Attention("cudnn")), "")))
+        import jax
+        try:
+            jax.devices()
+        except RuntimeError as e:
+            print("none", "libtpu" in str(e))
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=ENV | {"JAX_PLATFORMS": "tpu"}, check=True)
+    assert run.stdout.split() == ["3", "none", "True"]
 
 
 def claim(workdir, experiment):

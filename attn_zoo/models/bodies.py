@@ -1,21 +1,26 @@
 """What a cell's model can be, by model.body: the Transformer, whose variants are the zoo, or what it replaced: a recurrent model, whose variants are
 alignments, or a stack of convolutions. Readers answer by pointing; pictures alone are read by a convolutional network with a variant of the zoo in it.
+
+A variant of a sweep is of the body that `model.body` names, or it names its own: `recurrent(additive, layers=1)` is an alignment in a recurrent model of one layer, whatever
+the model of the other rows; `transformer(local(window=8), full, D=128)` cycles two variants over the layers of a wider Transformer. All that its row
+does not share with the others is in its name.
 """
 
 import dataclasses
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import nnx
 
 from attn_zoo import config
-from attn_zoo.attention import VARIANTS
+from attn_zoo.attention import VARIANTS, canonical, variant_text
 from attn_zoo.models.convolutional_stack import CONVOLUTIONS, ConvolutionStack
 from attn_zoo.models.picture_classifier import LAYERS, PictureClassifier
 from attn_zoo.models.reader import READERS, Reader
 from attn_zoo.models.recurrent import ALIGNMENTS, Recurrent
 from attn_zoo.models.transformer import Transformer
-from attn_zoo.spec import Spec, UserError
+from attn_zoo.spec import Part, Spec, UserError, nearest, parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +29,73 @@ class Body:
 
     registry: Mapping[str, Any]
     kind: str
+    plainest: str  # serves whatever the body serves
     build: Callable[..., nnx.Module]  # (config.Model, *, variant, attention, rngs, and the sizes of a task) -> model
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A row of a sweep: its specs, which the layers cycle through, and the model that they stand in."""
+
+    specs: tuple[Spec, ...]
+    model: config.Model
+    text: str  # canonical: one for one meaning, beside one model that is shared
+
+    @property
+    def body(self) -> Body:
+        return BODIES[self.model.body]
+
+
+SHARED = ("dtype", "remat")  # of the model, how it computes: of a whole sweep, never of a row
+
+
+def read_variants(text: str, shared: config.Model) -> list[Entry]:
+    """'full, [local(window=128), full], recurrent(additive, layers=1)' as rows, of the body and the settings in `shared` where they name no others.
+
+    Raises UserError for a name, an option or a setting that there is not, or a bad value of it.
+    """
+    return [_entry(found if isinstance(found, list) else [found], shared) for found in parse(text)]
+
+
+def read_variant(text: str, shared: config.Model) -> Entry:
+    """One row."""
+    entries = read_variants(text, shared)
+    if len(entries) != 1:
+        raise UserError(f"expected one variant, or a [list] to cycle over layers; got {text!r}")
+    return entries[0]
+
+
+def _entry(specs: list[Spec], shared: config.Model) -> Entry:
+    named = [spec.name for spec in specs if spec.name in BODIES]
+    if named and len(specs) > 1:
+        raise UserError(f"[{', '.join(map(str, specs))}]: {named[0]} is a whole model, and no layer of one; write {named[0]}({BODIES[named[0]].plainest}) by itself")
+    model = shared
+    if named:
+        specs, model = _own_model(specs[0], shared)
+    body = BODIES[model.body]
+    specs = [canonical(spec, body.registry, body.kind) for spec in specs]
+    own = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name != "body" and getattr(model, f.name) != getattr(shared, f.name)}
+    text = str(Spec(model.body, (("parts", tuple(map(Part, specs))), *own.items()))) if own or model.body != shared.body else variant_text(specs)
+    return Entry(tuple(specs), model, text)
+
+
+def _own_model(spec: Spec, shared: config.Model) -> tuple[list[Spec], config.Model]:
+    """The variants inside `body(variant, ..., setting=value)`, and its model."""
+    settings = dict(spec.options)
+    parts = settings.pop("parts", ())
+    example = f"{spec.name}({BODIES[spec.name].plainest})"
+    if not parts or any(part.count != 1 for part in parts):
+        raise UserError(f"{spec}: a model is given with its variant, or with those that its layers cycle through, as in {example}")
+    hints, known = typing.get_type_hints(config.Model), [name for name in config.SETTINGS[spec.name] if name not in SHARED]
+    for name, value in settings.items():
+        if name in SHARED:
+            raise UserError(f"{spec}: {name} is of the whole sweep; use --set model.{name}={value}")
+        if name not in known:
+            raise UserError(f"{spec}: a {spec.name} model has no setting {name!r}; {nearest(name, known)}")
+    try:
+        return [part.spec for part in parts], dataclasses.replace(shared, body=spec.name, **{k: config.coerce(hints[k], v) for k, v in settings.items()})
+    except UserError as e:
+        raise UserError(f"{spec}: {e}") from None
 
 
 def _transformer(model: config.Model, *, inputs_vocab: int, **sizes: Any) -> Transformer:
@@ -46,15 +117,13 @@ def _convolutional(
     variant: list[Spec],
     attention: config.Attention,
     inputs_vocab: int,
-    source_vocab: int,
-    source_len: int,
     image_shape: tuple | None,
     **sizes: Any,
 ) -> ConvolutionStack:
     _needs_tokens("a convolutional model", inputs_vocab)
     _one(variant, "a convolutional model has one kind of convolution, not one a layer")
-    if source_len or image_shape is not None:
-        raise UserError("a convolutional model reads no source; use joined=True of a task of pairs, or another task")
+    if image_shape is not None:
+        raise UserError("a convolutional model reads no pictures; use another task, or model.body='transformer' or 'recurrent'")
     return ConvolutionStack(model, convolutions=variant[0], inputs_vocab=inputs_vocab, **sizes)
 
 
@@ -108,9 +177,9 @@ def _needs_tokens(what: str, inputs_vocab: int) -> None:
 
 
 BODIES = {
-    "transformer": Body(VARIANTS, "attention variant", _transformer),
-    "recurrent": Body(ALIGNMENTS, "alignment", _recurrent),
-    "convolutional": Body(CONVOLUTIONS, "convolution", _convolutional),
-    "reader": Body(READERS, "reader", _reader),
-    "convnet": Body(LAYERS, "attention variant", _pictures),
+    "transformer": Body(VARIANTS, "attention variant", "full", _transformer),
+    "recurrent": Body(ALIGNMENTS, "alignment", "none", _recurrent),
+    "convolutional": Body(CONVOLUTIONS, "convolution", "dilated", _convolutional),
+    "reader": Body(READERS, "reader", "none", _reader),
+    "convnet": Body(LAYERS, "attention variant", "none", _pictures),
 }

@@ -1,12 +1,16 @@
 """A stack of dilated convolutions over positions, which relates far positions without recurrence and without attention.
 
 Dilations double from layer to layer and begin again after `cycle` layers, so that what an output sees grows exponentially with depth (van den Oord et al. 2016,
-WaveNet, sec. 2.1; Kalchbrenner et al. 2016, ByteNet). A layer is a residual branch, x + W (tanh(A x) * sigmoid(G x)) with dilated convolutions A and G (WaveNet,
+WaveNet, sec. 2.1; Kalchbrenner et al. 2016, ByteNet). Where there is a source, it is read by such a stack to both sides, and the decoder stands on it: what enters at position t is the
+target's embedding plus W times the encoder's output at position t, zero where the source has ended (ByteNet, sec. 3.1, with a representation as long as the
+source: a = 1 and b = 0, sec. 3.2); whatever of the source stands elsewhere reaches it through the encoder's taps alone. A layer is a residual branch, x + W (tanh(A x) * sigmoid(G x)) with dilated convolutions A and G (WaveNet,
 eq. 2); causal, tap m of position t reads t - m dilation, else the taps lie around t. Departures: a norm before each branch and one at the end, as in the Transformer that it
-is compared with, and its embedding and readout.
+is compared with, and its embedding and readout; ByteNet's layers are other residual branches, with ReLU.
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -103,55 +107,102 @@ class DilatedLayer(nnx.Module):
         return x_BD + self.gate(taps), ring_BLD  # what stands before the start is still zero
 
 
+class SourceStack(nnx.Module):
+    """Source tokens to [B, S, D], each position read by taps on both sides."""
+
+    def __init__(self, model: config.Model, options: Options, *, vocab: int, max_len: int, dtype: Any, rngs: nnx.Rngs):
+        self.config, self.max_len = model, max_len
+        self.embedding = Embedding(vocab, model.D, model.positions, max_len, dtype, rngs)
+        self.layers = _layers(model, options, model.encoder_layers or model.layers, False, dtype, rngs)
+        self.final_norm = NORMS[model.norm](model.D)
+
+    def __call__(self, source_BS: Int[Array, "B S"], *, valid_BS: Bool[Array, "B S"] | None = None, key: Key[Array, ""] | None = None) -> Float[Array, "B S D"]:
+        """Zeros where the source is not valid."""
+        x_BSD = self.final_norm(_run(self.layers, self.embedding(source_BS), valid_BS, self.config.dropout, key))
+        return x_BSD if valid_BS is None else jnp.where(valid_BS[:, :, None], x_BSD, 0)
+
+    def multiply_adds(self) -> int:
+        """Of one source of full length."""
+        return self.max_len * _matrices(self.layers, self.config)
+
+
 class ConvolutionStack(nnx.Module):
-    """Tokens to logits; called and generating like a Transformer without a source."""
+    """Tokens to logits; called and generating like a Transformer, with a source of tokens or without."""
 
     def __init__(
-        self, model: config.Model, *, convolutions: Spec, inputs_vocab: int, num_outputs: int, max_len: int, causal: bool, per_token: bool, rngs: nnx.Rngs
+        self,
+        model: config.Model,
+        *,
+        convolutions: Spec,
+        inputs_vocab: int,
+        num_outputs: int,
+        max_len: int,
+        causal: bool,
+        per_token: bool,
+        source_vocab: int = 0,
+        source_len: int = 0,
+        rngs: nnx.Rngs,
     ):
         options = convolutions.resolve("convolution", Options)
-        check(causal or options.kernel % 2 == 1, "kernel", options.kernel, f"must be odd where positions on both sides are read; nearest: {options.kernel + 1}")
         self.tied = model.tie_embeddings and per_token
         if self.tied and num_outputs > inputs_vocab:
             raise UserError(f"tie_embeddings=True: {num_outputs} outputs cannot be read out with {inputs_vocab} input embeddings; use tie_embeddings=False")
         dtype = jnp.dtype(model.dtype)
-        self.config, self.max_len, self.source_len = model, max_len, 0
+        self.config, self.max_len, self.source_len = model, max_len, source_len
         self.num_outputs, self.per_token, self.causal = num_outputs, per_token, causal
         self.embedding = Embedding(inputs_vocab, model.D, model.positions, max_len, dtype, rngs)
-        dilations = [2 ** (layer % options.cycle) for layer in range(model.layers)]
-        self.layers = nnx.List([DilatedLayer(model.D, options.kernel, d, causal, model.norm, model.layers**-0.5, dtype, rngs) for d in dilations])
+        self.layers = _layers(model, options, model.layers, causal, dtype, rngs)
         self.final_norm = NORMS[model.norm](model.D)
         if not self.tied:
             self.readout = normal(rngs.params(), (num_outputs, model.D), EMBEDDING_STD)
+        if source_len:
+            self.encoder = SourceStack(model, options, vocab=source_vocab, max_len=source_len, dtype=dtype, rngs=rngs)
+            self.bridge = normal(rngs.params(), (model.D, model.D), model.D**-0.5)
 
     @property
     def receptive_field(self) -> int:
-        """How many positions an output sees, itself included."""
+        """How many positions of its input an output sees, itself included."""
         return 1 + sum(layer.reach for layer in self.layers)
 
     def __call__(
-        self, inputs_BT: Int[Array, "B T"], *, valid_BT: Bool[Array, "B T"] | None = None, key: Key[Array, ""] | None = None
+        self,
+        inputs_BT: Int[Array, "B T"],
+        *,
+        source: Int[Array, "B S"] | None = None,
+        source_valid: Bool[Array, "B S"] | None = None,
+        valid_BT: Bool[Array, "B T"] | None = None,
+        key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B T V"] | Float[Array, "B C"]:
         """Float32 logits, [B, T, num_outputs] or pooled [B, num_outputs]. Positions that are not valid are read as zeros."""
         if inputs_BT.shape[1] > self.max_len:
             raise UserError(f"length {inputs_BT.shape[1]} is over max_len={self.max_len} that this model was built for")
-        keys = split_key(key, 1 + len(self.layers))
-        x_BTD = dropout(self.embedding(inputs_BT), self.config.dropout, keys[0])
-        for layer, layer_key in zip(self.layers, keys[1:]):
-            x_BTD = x_BTD + dropout(layer(x_BTD, valid_BT) - x_BTD, self.config.dropout, layer_key)
-        x_BTD = self.final_norm(x_BTD)
+        x_BTD = self.embedding(inputs_BT)
+        if self.source_len:
+            key, source_key = split_key(key, 2)
+            x_BTD = x_BTD + self.encode(source, source_valid, x_BTD.shape[1], source_key)
+        x_BTD = self.final_norm(_run(self.layers, x_BTD, valid_BT, self.config.dropout, key))
         return self._read_out(x_BTD if self.per_token else pool(x_BTD, valid_BT, self.config.pool))
 
-    def start(self, B: int, max_len: int) -> dict:
-        """The state of generation before the first token, of one size whatever max_len. Raises Unsupported unless causal."""
+    def encode(self, source: Array, source_valid: Array | None, T: int, key: Array | None = None) -> Float[Array, "B T D"]:
+        """What of the source enters at each of T positions of the target."""
+        if source.shape[1] > self.source_len:
+            raise UserError(f"a source of {source.shape[1]} is over source_len={self.source_len} that this model was built for")
+        memory_BSD = self.encoder(source, valid_BS=source_valid, key=key)[:, :T] @ self.bridge[...].astype(self.embedding.dtype)
+        return jnp.pad(memory_BSD, ((0, 0), (0, T - memory_BSD.shape[1]), (0, 0)))
+
+    def start(self, B: int, max_len: int, *, source: Array | None = None, source_valid: Array | None = None) -> dict:
+        """The state of generation before the first token; without a source, of one size whatever max_len. Raises Unsupported unless causal."""
         if not self.causal:
             raise Unsupported("these convolutions read ahead; a decoder generates with causal=True")
-        return {str(n): layer.init_cache(B) for n, layer in enumerate(self.layers)} | {"t": jnp.zeros((), jnp.int32)}
+        memory = {"source": self.encode(source, source_valid, max_len)} if self.source_len else {}
+        return {str(n): layer.init_cache(B) for n, layer in enumerate(self.layers)} | {"t": jnp.zeros((), jnp.int32)} | memory
 
     def step(self, tokens_B: Int[Array, "B"], cache: dict) -> tuple[Float[Array, "B V"], dict]:
         """(logits after one more token of each sequence, the state after it)."""
         t = cache["t"]
-        x_BD, new = self.embedding(tokens_B[:, None], t)[:, 0], {"t": t + 1}
+        x_BD, new = self.embedding(tokens_B[:, None], t)[:, 0], cache | {"t": t + 1}
+        if self.source_len:
+            x_BD = x_BD + jax.lax.dynamic_index_in_dim(cache["source"], t, axis=1, keepdims=False)
         for n, layer in enumerate(self.layers):
             x_BD, new[str(n)] = layer.step(x_BD, cache[str(n)], t)
         return self._read_out(self.final_norm(x_BD)), new
@@ -170,14 +221,34 @@ class ConvolutionStack(nnx.Module):
 
     def flops_per_step(self, B: int, T: int) -> dict[str, float]:
         """Useful FLOPs of one training step, 6 a parameter and token as of the Transformer; none of them is attention."""
-        matrices = sum(layer.filter.size + layer.out.size for layer in self.layers)
-        if self.config.positions == "sinusoidal_concat":
-            matrices += 2 * self.config.D**2
+        source = self.encoder.multiply_adds() + min(T, self.source_len) * self.bridge.size if self.source_len else 0
         readout = self.num_outputs * self.config.D * (T if self.per_token else 1)
-        return {"attention": 0.0, "model": 6.0 * B * (T * matrices + readout)}
+        return {"attention": 0.0, "model": 6.0 * B * (T * _matrices(self.layers, self.config) + source + readout)}
 
     def activation_bytes(self, B: int, T: int) -> float:
         """An estimate of what a training step keeps: inputs, norms, gates and their product of every layer, and the logits twice."""
         c = self.config
         width = 2 if c.dtype == "bfloat16" else 4
-        return float(B * (T * width * (c.layers * 7 + 3) * c.D + 2 * 4 * self.num_outputs * (T if self.per_token else 1)))
+        kept = T * (c.layers * 7 + 3) + self.source_len * ((c.encoder_layers or c.layers) * 7 + 4)
+        return float(B * (width * kept * c.D + 2 * 4 * self.num_outputs * (T if self.per_token else 1)))
+
+
+def _layers(model: config.Model, options: Options, layers: int, causal: bool, dtype: Any, rngs: nnx.Rngs):
+    rule = f"must be odd where positions on both sides are read; nearest: {options.kernel + 1}"
+    check(causal or options.kernel % 2 == 1, "kernel", options.kernel, rule)
+    dilations = [2 ** (layer % options.cycle) for layer in range(layers)]
+    return nnx.List([DilatedLayer(model.D, options.kernel, d, causal, model.norm, layers**-0.5, dtype, rngs) for d in dilations])
+
+
+def _run(layers: Sequence[nnx.Module], x_BTD: Array, valid_BT: Array | None, rate: float, key: Array | None) -> Array:
+    """What dropout and the layers make of embedded tokens."""
+    keys = split_key(key, 1 + len(layers))
+    x_BTD = dropout(x_BTD, rate, keys[0])
+    for layer, layer_key in zip(layers, keys[1:]):
+        x_BTD = x_BTD + dropout(layer(x_BTD, valid_BT) - x_BTD, rate, layer_key)
+    return x_BTD
+
+
+def _matrices(layers: Sequence[nnx.Module], model: config.Model) -> int:
+    """Multiply-adds of a position: of the layers, and of positions that are mixed in."""
+    return sum(layer.filter.size + layer.out.size for layer in layers) + (2 * model.D**2 if model.positions == "sinusoidal_concat" else 0)

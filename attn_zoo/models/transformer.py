@@ -289,7 +289,7 @@ class Transformer(nnx.Module):
         tokens = T * _matrices(self.blocks) + self.num_outputs * c.D * (T if self.per_token else 1)
         if S:
             # Keys and values of cross-attention are of the source's tokens, the rest of a decoder block of the target's.
-            of_memory = sum(p.size for block in self.blocks for p in (block.cross.value[...], *(() if block.cross.shares_query_key else (block.cross.key[...],))))
+            of_memory = sum(p.size for block in self.blocks for p in (block.cross.value, *(() if block.cross.shares_query_key else (block.cross.key,))))
             tokens += self.encoder.multiply_adds() + (S - T) * of_memory
         if c.positions == "sinusoidal_concat":
             tokens += 2 * c.D * c.D * T

@@ -66,6 +66,57 @@ def test_padding_changes_nothing():
     assert make(causal=False, per_token=False)(tokens(), valid_BT=valid).shape == (B, V)
 
 
+S = 9  # of a source, shorter than the target
+
+
+def make_with_source(**fields):
+    model = config.Model(**({"D": D, "N": 1, "layers": 3, "positions": "none", "body": "convolutional"} | fields))
+    sizes = dict(inputs_vocab=V, num_outputs=V, max_len=T, causal=True, per_token=True, source_vocab=V, source_len=S, image_shape=None)
+    return BODIES["convolutional"].build(model, variant=[parse_one("dilated")], attention=config.Attention(), rngs=nnx.Rngs(0), **sizes)
+
+
+def sources():
+    """Tokens, of which the second sequence has four."""
+    return {"source": tokens(1)[:, :S], "source_valid": jnp.arange(S) < jnp.array([[S], [4]])}
+
+
+def test_what_enters_is_the_source_where_the_target_stands():
+    model = make_with_source(encoder_layers=2)
+    entering = np.asarray(model.encode(**{"source": sources()["source"], "source_valid": sources()["source_valid"], "T": T}))
+    assert entering.shape == (B, T, D) and len(model.encoder.layers) == 2
+    np.testing.assert_array_equal(entering[0, S:], 0)
+    np.testing.assert_array_equal(entering[1, 4:], 0)
+    h_SD = model.encoder.embedding(sources()["source"][1:, :4])
+    for layer in model.encoder.layers:
+        h_SD = layer(h_SD)
+    np.testing.assert_allclose(entering[1, :4], (model.encoder.final_norm(h_SD) @ model.bridge[...])[0], rtol=0, atol=1e-5)
+    # All of the source reaches a position by the encoder's taps, and by the decoder's those before it.
+    seen = jax.jacobian(lambda e: model.encoder.final_norm(model.encoder.layers[1](model.encoder.layers[0](e)))[0, 4].sum())(h_SD := jnp.ones((1, S, D)) * jnp.arange(D))
+    np.testing.assert_array_equal(np.flatnonzero(np.asarray(jnp.abs(seen).sum(axis=(0, 2))) > 1e-9), np.arange(4 - 3, 4 + 4))
+
+
+@pytest.mark.parametrize("fields", [{}, {"positions": "sinusoidal", "norm": "rmsnorm", "encoder_layers": 1}])
+def test_steps_equal_the_parallel_form_with_a_source(fields):
+    model = make_with_source(**fields)
+    step = lambda cache, token: model.step(token, cache)[::-1]
+    _, logits = jax.lax.scan(step, model.start(B, T, **sources()), tokens().T)
+    np.testing.assert_allclose(logits.swapaxes(0, 1), model(tokens(), **sources()), rtol=0, atol=1e-5)
+
+
+def test_padding_of_a_source_changes_nothing():
+    model, other = make_with_source(), sources()
+    run = jax.jit(lambda source: model(tokens(), source=source, source_valid=other["source_valid"]))
+    changed = jnp.where(other["source_valid"], other["source"], (other["source"] + 1) % V)
+    np.testing.assert_array_equal(run(other["source"]), run(changed))
+    short = model(tokens()[1:], source=other["source"][1:, :4])
+    np.testing.assert_allclose(run(other["source"])[1:], short, rtol=0, atol=1e-5)
+
+
+def test_a_source_that_is_too_long_is_refused():
+    with pytest.raises(UserError, match="a source of 23 is over source_len=9"):
+        make_with_source()(tokens(), source=tokens())
+
+
 def test_mistakes_are_named():
     with pytest.raises(UserError, match="kernel=2: must be odd"):
         make("dilated(kernel=2)", causal=False)
@@ -77,5 +128,8 @@ def test_mistakes_are_named():
 
 def test_flops_count_every_matrix():
     model = make(tie_embeddings=False)
-    assert model.flops_per_step(2, T) == {"attention": 0.0, "model": 6.0 * 2 * T * (3 * (3 * D * 2 * D + D * D) + V * D)}
+    layer = 3 * D * 2 * D + D * D
+    assert model.flops_per_step(2, T) == {"attention": 0.0, "model": 6.0 * 2 * T * (3 * layer + V * D)}
+    reading = make_with_source(tie_embeddings=False)
+    assert reading.flops_per_step(2, T) == {"attention": 0.0, "model": 6.0 * 2 * (T * (3 * layer + V * D) + S * (3 * layer + D * D))}
     assert model.activation_bytes(2, T) == 2 * model.activation_bytes(1, T)
