@@ -9,10 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from matplotlib.figure import Figure
 
 from attn_zoo import attention_figures, pattern_figures
 from attn_zoo.attention_figures import Panel
+from attn_zoo.models.generation import write
 from attn_zoo.models.looking import look
 from attn_zoo.spec import UserError
 from attn_zoo.tasks import Example, Task
@@ -55,11 +57,14 @@ def write_attention(workdir: str | os.PathLike, data_dir: str) -> list[str]:
 
 
 def cell_figures(workdir: str | os.PathLike, record: dict[str, Any], data_dir: str, title: str) -> Iterator[tuple[str, str, Figure]]:
-    """(name, what it shows, figure) of a cell: of some examples what the source is read for, and of the first the self-attention."""
+    """(name, what it shows, figure) of a cell: of some examples what the source is read for, and of the first the self-attention.
+
+    Where there is a source, what is said of it is what the model itself writes, greedily.
+    """
     model, task = load_trained(workdir, record["id"], data_dir=data_dir)
     if not task.inputs_vocab:
         return  # pictures alone, classified: what attends there is a layer of a convolutional network, and has no positions to name
-    chosen = examples(task, EXAMPLES)
+    chosen = as_written(model, task, examples(task, EXAMPLES))
     grid = model.encoder.net.grid if task.image_shape is not None else None
     found = look_at(model, task, chosen)
     for place, layers in found.items():
@@ -86,6 +91,18 @@ def draw(task: Task, example: Example, place: str, panels: list[Panel], title: s
     cut = [Panel(panel.title, panel.weights_TS[: len(rows), : len(columns)]) for panel in panels]
     sides = "what is said" if place == "cross" else "queries", "what is read" if place == "cross" else "keys"
     return attention_figures.matrices(cut, rows, columns, title=f"{title}; down, {sides[0]}; across, {sides[1]}", across=across)
+
+
+def as_written(model: Any, task: Task, chosen: list[Example]) -> list[Example]:
+    """The examples with what the model writes of their sources in the place of their targets; as they are, where the task has no sources."""
+    if task.begin_end is None:
+        return chosen
+    begin, end = task.begin_end
+    graph, arrays = nnx.split(model)
+    sources = {name: jnp.stack([example[name] for example in chosen]) for name in ("source", "source_valid") if name in chosen[0]}
+    written = np.asarray(jax.jit(lambda arrays: write(nnx.merge(graph, arrays), begin, end, task.seq_len, **sources))(arrays))
+    said = lambda row: {"inputs": np.append(begin, row[:-1]), "targets": row, "valid": np.arange(len(row)) <= np.argmax(np.append(row, end) == end)}
+    return [example | said(row) for example, row in zip(chosen, written)]
 
 
 def look_at(model: Any, task: Task, chosen: list[Example]) -> dict[str, list[jax.Array]]:

@@ -22,7 +22,7 @@ from attn_zoo import config
 from attn_zoo.attention import Attention, Drawn, Loss, ScoreFunction, Statistic
 from attn_zoo.measure import compile_timed
 from attn_zoo.models import compiler_options, read_variant
-from attn_zoo.models.generation import sample
+from attn_zoo.models.generation import write
 from attn_zoo.tasks.base import Batch, Task
 
 if TYPE_CHECKING:
@@ -308,7 +308,7 @@ def train(cell: config.Cell, task: Task, model: Model, mesh: Mesh, checkpoints: 
 
     scores = evaluate(steps.forward, state, eval_batches or task.eval_batches(B, c.eval_tokens), split, c.steps)
     probes = {name: evaluate(steps.forward, state, task.eval_batches(B, c.eval_tokens, name), split, c.steps) for name in task.probes}
-    written = evaluate_written(model, state, task, eval_batches or task.eval_batches(B, c.eval_tokens)) if task.begin_end is not None else {}
+    written = evaluate_written(model, state, task, eval_batches or task.eval_batches(B, c.eval_tokens)) if task.judges_writing else {}
     curve["eval_step"].append(c.steps)
     curve["eval_loss"].append(scores["eval_loss"])
     return Trained(state, curve, scores, probes, written, compiled, compilations, train_step, resumed_from)
@@ -329,14 +329,6 @@ def evaluate(forward: Callable, state: State, batches: list[Batch], sharding: Na
 def evaluate_written(model: Model, state: State, task: Task, batches: list[Batch]) -> dict[str, float]:
     """The task's scores of the targets that the model writes by itself, greedily, from the sources of the batches: no true word comes to its help."""
     graph, arrays = nnx.split(model.bind(state["params"], state["rest"]))
-    (begin, end), T = task.begin_end, task.seq_len
-
-    @jax.jit
-    def write(arrays, sources):
-        model = nnx.merge(graph, arrays)
-        prompt_B1 = jnp.full((len(sources["source"]), 1), begin)
-        tokens_BL, _ = sample(model.step, model.start(len(prompt_B1), T, **sources), prompt_B1, T + 1, end=end)
-        return tokens_BL[:, 1:]
-
-    written = [write(arrays, {name: batch[name] for name in ("source", "source_valid") if name in batch}) for batch in batches]
+    write_targets = jax.jit(lambda arrays, sources: write(nnx.merge(graph, arrays), *task.begin_end, task.seq_len, **sources))
+    written = [write_targets(arrays, {name: batch[name] for name in ("source", "source_valid") if name in batch}) for batch in batches]
     return task.written_scores(np.concatenate(written), np.concatenate([batch["targets"] for batch in batches]))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from matplotlib.figure import Figure
 
 from attn_zoo import VARIANTS, attention_report, pattern_figures, train
@@ -15,7 +16,7 @@ from attn_zoo.parameters import parameters_path, write_parameters
 from attn_zoo.results import load_records, write_record
 from attn_zoo.spec import UserError
 from attn_zoo.tasks import load_task
-from attn_zoo.tasks.pairs import RESERVED
+from attn_zoo.tasks.pairs import BEGIN, END, RESERVED, reserved_label
 from tiny import make_cell
 
 REVERSE = "reverse(vocab=26, min_length=4, max_length=6, longest=6, train_examples=32, validation_examples=4, test_examples=1)"
@@ -191,26 +192,43 @@ def test_a_run_is_drawn_from_its_parameters(a_cell, names, tmp_path):
 
 
 def test_what_is_drawn_are_the_weights_of_the_kept_parameters(tmp_path):
-    """Of the valid positions of each example; and not those of the parameters that training started from."""
+    """Of what the model writes of each example, up to its end; and not those of the parameters that training started from."""
     a_cell, data = recurrent(), str(tmp_path / "data")
     (record,) = load_records(keep(tmp_path, a_cell, scale=3.0))
     figures = [figure for _, _, figure in attention_report.cell_figures(tmp_path, record, data, "")]
     task = load_task(REVERSE, 7, data)
     model = train.Model(a_cell, task)
     params, rest = model.init()
-    align = jax.jit(lambda params, inputs, source, source_valid: model.bind(params, rest).alignments(inputs, source=source, source_valid=source_valid)[0])
+    scaled = lambda scale: model.bind(jax.tree.map(lambda x: scale * x, params), rest)
+    read = jax.jit(lambda scale, inputs, **source: (scaled(scale)(inputs, **source)[0].argmax(axis=-1), scaled(scale).alignments(inputs, **source)[0]))
 
-    def alignments(scale, example):
-        scaled = jax.tree.map(lambda x: scale * x, params)
-        weights_TS = np.asarray(align(scaled, *(jnp.asarray(example[name][None]) for name in ("inputs", "source", "source_valid"))))
-        return weights_TS[example["valid"]][:, example["source_valid"]]
+    def written(scale, example):
+        """(what the model says, its alignment while it says so), a word at a time."""
+        source = {name: jnp.asarray(example[name][None]) for name in ("source", "source_valid")}
+        inputs, said = np.full((1, 7), BEGIN), []
+        while len(said) < 7 and END not in said:
+            said.append(int(read(scale, jnp.asarray(inputs), **source)[0][len(said)]))
+            inputs[0, 1 : len(said) + 1] = said[:6]
+        return said, np.asarray(read(scale, jnp.asarray(inputs), **source)[1])[: len(said), example["source_valid"]]
 
     for figure, example in zip(figures, attention_report.examples(task, 3), strict=True):
         shown = np.asarray(figure.axes[0].images[0].get_array())
-        np.testing.assert_allclose(shown, alignments(3.0, example), atol=1e-5)
-        assert not np.allclose(shown, alignments(1.0, example), atol=1e-3)
-        symbols = [str(i - RESERVED) for i in example["source"][example["source_valid"]]]
-        assert labels_of(figure.axes[0]) == (symbols[::-1] + ["END"], symbols)
+        said, weights = written(3.0, example)
+        np.testing.assert_allclose(shown, weights, atol=1e-5)
+        other = written(1.0, example)[1]
+        assert shown.shape != other.shape or not np.allclose(shown, other, atol=1e-3)
+        symbols = lambda ids: [reserved_label(i) or str(i - RESERVED) for i in ids]
+        assert labels_of(figure.axes[0]) == (symbols(said), symbols(example["source"][example["source_valid"]]))
+
+
+def test_what_a_model_writes_ends_where_it_says_so(tmp_path):
+    task, model = load_task(REVERSE, 7, str(tmp_path)), nnx.Module()
+    script = jnp.array([[5, 6, END, 0, 0, 0, 0], [7, 7, 7, 7, 7, 7, 7]])
+    model.start = lambda B, max_len, source, source_valid: {"t": jnp.zeros((), jnp.int32)}
+    model.step = lambda tokens_B, cache: (jax.nn.one_hot(script[:, cache["t"]], 32), {"t": cache["t"] + 1})
+    first, second = attention_report.as_written(model, task, attention_report.examples(task, 2))
+    assert first["inputs"].tolist() == [BEGIN, 5, 6, END, 0, 0, 0] and first["targets"].tolist() == script[0].tolist()
+    assert first["valid"].sum() == 3 and second["valid"].all() and second["targets"].tolist() == [7] * 7
 
 
 def test_of_several_seeds_the_first_that_kept_its_parameters_is_drawn(tmp_path, monkeypatch):

@@ -294,6 +294,7 @@ def test_what_a_model_writes_is_judged_by_the_task(tmp_path):
     params["readout"] = readout.at[end].set(0.3 * readout.mean(axis=0)) * 30  # says many things, and ends now and then
     batches = task.eval_batches(4, tokens=10**6)
     judged = []
+    assert task.judges_writing
     task.written_scores = lambda *arrays: judged.extend(arrays) or {"eval_slots": 0.5}
     assert train.evaluate_written(model, {"params": params, "rest": rest}, task, batches) == {"eval_slots": 0.5}
     written, targets = judged

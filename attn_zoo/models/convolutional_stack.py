@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from attn_zoo import config
 from attn_zoo.attention.base import Paper
+from attn_zoo.models.generation import room
 from attn_zoo.models.layers import EMBEDDING_STD, NORMS, Embedding, dropout, normal
 from attn_zoo.models.transformer import pool, split_key
 from attn_zoo.spec import Spec, Unsupported, UserError, check, check_int
@@ -191,11 +192,12 @@ class ConvolutionStack(nnx.Module):
         return jnp.pad(memory_BSD, ((0, 0), (0, T - memory_BSD.shape[1]), (0, 0)))
 
     def start(self, B: int, max_len: int, *, source: Array | None = None, source_valid: Array | None = None) -> dict:
-        """The state of generation before the first token; without a source, of one size whatever max_len. Raises Unsupported unless causal."""
+        """The state of generation before the first of at most `max_len` tokens; without a source, of one size whatever that is. Raises Unsupported unless causal."""
         if not self.causal:
             raise Unsupported("these convolutions read ahead; a decoder generates with causal=True")
+        check(max_len <= self.max_len, "max_len", max_len, f"is over the max_len={self.max_len} that this model was built for")
         memory = {"source": self.encode(source, source_valid, max_len)} if self.source_len else {}
-        return {str(n): layer.init_cache(B) for n, layer in enumerate(self.layers)} | {"t": jnp.zeros((), jnp.int32)} | memory
+        return {str(n): layer.init_cache(B) for n, layer in enumerate(self.layers)} | {"t": jnp.zeros((), jnp.int32), "room": room(B, max_len)} | memory
 
     def step(self, tokens_B: Int[Array, "B"], cache: dict) -> tuple[Float[Array, "B V"], dict]:
         """(logits after one more token of each sequence, the state after it)."""

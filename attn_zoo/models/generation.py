@@ -1,6 +1,7 @@
 """Generation from any model with `start` and `step`: greedy, by sampling, and beam search; batched, under jit, until all sequences have ended.
 
-A model's `step(tokens_B, cache)` gives (logits_BV, cache); every array of a cache leads with its rows, except scalars.
+A model's `step(tokens_B, cache)` gives (logits_BV, cache); every array of a cache leads with its rows, except scalars. A cache made for so many steps and no more
+holds a `room` for them.
 """
 
 import dataclasses
@@ -9,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
@@ -58,6 +60,17 @@ class Beam:
         return log_prob / (((5 + length) / 6) ** self.alpha if self.penalty == "gnmt" else jnp.asarray(length, jnp.float32) ** self.alpha)
 
 
+def room(B: int, steps: int) -> Array:
+    """An array of no bytes, whose shape tells for how many steps of B sequences a cache was made."""
+    return jnp.zeros((B, steps, 0))
+
+
+def _check_room(cache: Any, max_len: int) -> None:
+    if isinstance(cache, dict) and "room" in cache:  # the last token is written and not read
+        steps = cache["room"].shape[1]
+        check(max_len <= steps + 1, "max_len", max_len, f"must be at most {steps + 1}: the cache was made for {steps} steps, and the last token takes none")
+
+
 def restrict(logits_BV: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
     """Logits over the temperature, NEG where top_k or top_p leave a token out. The most probable token always stays."""
     logits_BV = logits_BV / sampling.temperature
@@ -90,6 +103,7 @@ def sample(
     Prompts may differ in length: row b's is its first lengths[b] tokens, at least one. Greedy unless a temperature is given, which needs a `key`.
     """
     check(prompt_BP.shape[1] <= max_len, "max_len", max_len, f"must be at least the prompt's length, {prompt_BP.shape[1]}")
+    _check_room(cache, max_len)
     check(sampling.temperature == 0 or key is not None, "key", key, "sampling with a temperature needs a random key")
     B, P = prompt_BP.shape
     lengths_B = jnp.full(B, P) if lengths_B is None else lengths_B
@@ -122,6 +136,13 @@ def sample(
     return tokens_BL, log_prob_B
 
 
+def write(model: nnx.Module, begin: int, end: int, T: int, *, source: Array, source_valid: Array | None = None) -> Int[Array, "B T"]:
+    """What the model says of each source, greedily, up to T tokens: without `begin`, with `end`, zeros behind it."""
+    prompt_B1 = jnp.full((len(source), 1), begin)
+    cache = model.start(len(source), T, source=source, source_valid=source_valid)
+    return sample(model.step, cache, prompt_B1, T + 1, end=end)[0][:, 1:]
+
+
 def beam_search(
     step: Step, cache: Any, prompt_BP: Int[Array, "B P"], max_len: int, *, end: int, pad: int = 0, beam: Beam = Beam()
 ) -> tuple[Int[Array, "B W L"], Float[Array, "B W"]]:
@@ -133,6 +154,7 @@ def beam_search(
     """
     (B, P), W = prompt_BP.shape, beam.width
     check(P < max_len, "max_len", max_len, f"must be more than the prompt's length, {P}")
+    _check_room(cache, max_len)
     rows = lambda x, index_BW: jnp.take_along_axis(x, index_BW.reshape(B, -1, *(1,) * (x.ndim - 2)), axis=1)
     flat = lambda x: x.reshape(B * W, *x.shape[2:])
 

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from attn_zoo import config
 from attn_zoo.attention import make_attention, parse_variant
 from attn_zoo.attention.base import Attention, Cache
+from attn_zoo.models.generation import room
 from attn_zoo.models.layers import EMBEDDING_STD, NORMS, Embedding, FeedForward, default_ffn_dim, dropout, normal
 from attn_zoo.models.multi_head import MultiHeadAttention
 from attn_zoo.models.pictures import ConvolutionEncoder, cells_of
@@ -259,15 +260,15 @@ class Transformer(nnx.Module):
         return self.encoder(source, valid_BS=source_valid, key=key)
 
     def start(self, B: int, max_len: int, *, source: Array | None = None, source_valid: Array | None = None) -> Cache:
-        """The state of generation before the first of at most `max_len` tokens. Raises Unsupported unless the model is a decoder."""
+        """The state of generation before the first of at most `max_len` tokens. Raises Unsupported unless the model is a decoder, UserError for more than it has positions."""
         memory = (self.encode(source, source_valid), source_valid) if self.source_len else ()
-        return {str(n): block.init_cache(B, max_len, *memory) for n, block in enumerate(self.blocks)} | {"t": jnp.zeros((), jnp.int32)}
+        return {str(n): block.init_cache(B, max_len, *memory) for n, block in enumerate(self.blocks)} | {"t": jnp.zeros((), jnp.int32), "room": room(B, max_len)}
 
     def step(self, tokens_B: Int[Array, "B"], cache: Cache) -> tuple[Float[Array, "B V"], Cache]:
         """(logits after one more token of each sequence, the state after it): what the parallel form gives at position cache['t'], in evaluation."""
         t = cache["t"]
         x_B1D = self.embedding(tokens_B[:, None], t)
-        new = {"t": t + 1}
+        new = {"t": t + 1, "room": cache["room"]}
         for n, block in enumerate(self.blocks):
             x_B1D, new[str(n)] = block.step(x_B1D, cache[str(n)])
         if self.config.norm_position == "pre":

@@ -37,7 +37,8 @@ class Task(abc.ABC):
     source_len: int = 0  # S
     image_shape: tuple[int, int, int] | None = None  # of a picture: the source, or where inputs_vocab is 0 the inputs
     probes: tuple[str, ...] = ()  # further splits that eval_batches knows, each scored by itself at the end (one length, one language ...)
-    begin_end: tuple[int, int] | None = None  # ids around a target, where a model is also to write whole ones by itself, for `written_scores`
+    begin_end: tuple[int, int] | None = None  # ids around a target, where a model can write whole ones by itself, from their sources
+    judges_writing: bool = False  # whether `written_scores` has something to say of those
     loss_name: str = "loss"  # the headline: nats, or "bits_per_byte" (nats / ln 2)
     allow_download: bool = False  # whether preparing may fetch what is not on this machine
 
@@ -95,7 +96,7 @@ class Task(abc.ABC):
         """Which data these are, for the record."""
 
     def written_scores(self, written_BT: np.ndarray, targets_BT: np.ndarray) -> dict[str, float]:
-        """Scores of targets that a model wrote by itself, one after the other word; rows without a target count nothing. For tasks with `begin_end`."""
+        """Scores of targets that a model wrote by itself, one after the other word; rows without a target count nothing. Where it `judges_writing`."""
         raise NotImplementedError
 
     def label(self, id: int, source: bool = False) -> str:

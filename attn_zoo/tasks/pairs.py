@@ -42,6 +42,7 @@ class PairTask(RecordTask):
         self.inputs_vocab = source_vocab if joined else target_vocab
         if not joined:
             self.source_vocab, self.source_len = source_vocab, source_len
+            self.begin_end = BEGIN, END
 
     @abc.abstractmethod
     def pair(self, record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:

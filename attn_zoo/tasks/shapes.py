@@ -81,7 +81,7 @@ class Shapes(RecordTask):
         self.causal = self.per_token = self.padded = captions
         self.inputs_vocab = RESERVED + len(WORDS) if captions else 0
         self.num_outputs = RESERVED + len(WORDS) if captions else 2
-        self.begin_end = (BEGIN, END) if captions else None
+        self.begin_end, self.judges_writing = (BEGIN, END) if captions else None, captions
         if captions and seq_len <= options.longest:
             raise UserError(f"seq_len={seq_len}: must be at least {options.longest + 1}, the longest caption of max_shapes={options.max_shapes} and its end")
         if not captions:

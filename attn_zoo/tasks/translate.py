@@ -74,7 +74,7 @@ class Translate(PairTask):
         self.inputs_vocab = self.num_outputs = options.vocab
         if not self.joined:
             self.source_vocab, self.source_len = options.vocab, options.source_len or seq_len
-            self.begin_end = BEGIN, END
+            self.begin_end, self.judges_writing = (BEGIN, END), True
 
     @functools.cached_property
     def sentences(self) -> tfds.core.DatasetBuilder:

@@ -60,8 +60,13 @@ def generate(model, prompt, max_len=L, **arguments):
     return jax.jit(lambda prompt: sample(model.step, model.start(len(prompt), max_len), prompt, max_len, **arguments))(prompt)
 
 
-def test_greedy_with_a_cache_is_greedy_by_feeding_the_sequence_again():
-    model, prompt = make_model(), draw(2, 3, V)
+# A key-value cache, a ring, states that do not grow, keys that can still be seen.
+GENERATING = ["full", "[local(window=3), linear]", "adaptive_span(max_span=6, init=3, ramp=2)", "delta", "strided(stride=4)"]
+
+
+@pytest.mark.parametrize("variant", GENERATING)
+def test_greedy_with_a_cache_is_greedy_by_feeding_the_sequence_again(variant):
+    model, prompt = make_model(variant), draw(2, 3, V)
     tokens, log_prob = generate(model, prompt)
     expected, total = prompt, np.zeros(2)
     forward = jax.jit(lambda tokens: model(tokens))
@@ -155,8 +160,9 @@ def test_a_wide_beam_finds_the_best_of_all_continuations(penalty, alpha):
         assert float(scores[0, n]) == pytest.approx(score, abs=1e-4)
 
 
-def test_a_beam_of_width_one_is_greedy():
-    model, prompt = make_model(seed=3), draw(5, 2, V, seed=4)
+@pytest.mark.parametrize("variant", GENERATING)
+def test_a_beam_of_width_one_is_greedy(variant):
+    model, prompt = make_model(variant, seed=3), draw(5, 2, V, seed=4)
     end = 6
     expected, _ = generate(model, prompt, end=end)
     tokens, _ = jax.jit(lambda p: beam_search(model.step, model.start(len(p), L), p, L, end=end, beam=Beam(width=1)))(prompt)
@@ -199,6 +205,11 @@ def test_mistakes_are_named():
     model, prompt = make_model(), draw(2, 3, V)
     with pytest.raises(UserError, match="must be at least the prompt's length, 3"):
         sample(model.step, model.start(2, 2), prompt, 2)
+    for generate in (sample, lambda *arguments: beam_search(*arguments, end=0)):
+        with pytest.raises(UserError, match="max_len=8: must be at most 7: the cache was made for 6 steps"):
+            generate(model.step, model.start(2, 6), prompt, 8)
+    with pytest.raises(UserError, match=f"max_len={L + 1} is over the max_len={L}"):
+        model.start(2, L + 1)
     with pytest.raises(UserError, match="needs a random key"):
         sample(model.step, model.start(2, L), prompt, L, sampling=Sampling())
     for mistake in (dict(temperature=-1.0), dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.5)):
