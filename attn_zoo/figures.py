@@ -22,6 +22,7 @@ FONT = 7  # points
 LEFT, BOTTOM, TOP = 0.58, 0.38, 0.16  # inches around the axes. Fixed: a layout engine would draw every figure several times
 # Okabe and Ito (2008), told apart by colour-blind readers, without their yellow, which print loses.
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7")
+REFED = f"{summary.REFERENCE}, re-fed"
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "*")
 LEGEND = {"fontsize": FONT - 1, "frameon": False, "handlelength": 3, "columnspacing": 1, "borderaxespad": 0, "labelspacing": 0.4}
 LINES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (8, 2)))
@@ -66,11 +67,26 @@ def memory(rows: list[Row], styles: dict) -> Figure | None:
 
 
 def decode(rows: list[Row], styles: dict) -> Figure | None:
-    """Generated tokens per second at a context of T, log-log, with bars from the 20th to the 80th percentile of the steps."""
+    """Generated tokens per second at a context of T, log-log, with bars from the 20th to the 80th percentile of the steps; grey, of the reference re-fed.
+
+    More than `MANY` variants stand in two panels, those whose state is of one size at every length apart from those whose state grows, the reference in both.
+    """
     known = [r for r in rows if r.decode_step_s]
     rate = lambda r, seconds: r.decode_tokens_per_s * r.decode_step_s / seconds
     points = [(r.variant, r.seq_len, r.decode_tokens_per_s, rate(r, r.decode_step_s_p80), rate(r, r.decode_step_s_p20)) for r in known]
-    return against_length(points, styles, "generated tokens / s", log=True)
+    refed = [(REFED, r.seq_len, *[r.refeed_tokens_per_s] * 3) for r in known if r.variant == summary.REFERENCE and r.refeed_tokens_per_s]
+    styles = styles | ({REFED: {"color": "0.5", "marker": "", "linestyle": "--"}} if refed else {})
+    if not known or len(styles) <= MANY:
+        return against_length(points + refed, styles, "generated tokens / s", log=True)
+    sizes: dict[str, set] = {}
+    for r in known:
+        sizes.setdefault(r.variant, set()).add(r.state_bytes)
+    both = [point for point in points if point[0] == summary.REFERENCE] + refed
+    groups = {
+        "state of one size": both + [p for p in points if len(sizes[p[0]]) == 1 and p not in both],
+        "state that grows with T": both + [p for p in points if len(sizes[p[0]]) > 1 and p not in both],
+    }
+    return panels(groups, "generated tokens / s", styles)
 
 
 def state(rows: list[Row], styles: dict) -> Figure | None:
@@ -185,11 +201,11 @@ def against_length(points: list[tuple], styles: dict, title: str, log: bool, flo
     return figure
 
 
-def panels(groups: dict[str, list[tuple]], title: str) -> Figure:
-    """A panel a group of such points, two beside each other on the same axes, log-log, each with its own styles and its legend at its right."""
+def panels(groups: dict[str, list[tuple]], title: str, styles: dict | None = None) -> Figure:
+    """A panel a group of such points, two beside each other on the same axes, log-log, each with its legend at its right, and styles of its own if none are given."""
     longest = max(len(str(point[0])) for points in groups.values() for point in points)
-    down, across, height, legend = math.ceil(len(groups) / 2), 2.4, 1.9, (5 * FONT + 0.58 * (FONT - 1) * longest) / 72  # inches
-    size = LEFT + 2 * (across + legend) + LEFT / 2, down * height
+    down, across, legend = math.ceil(len(groups) / 2), 2.4, (5 * FONT + 0.58 * (FONT - 1) * longest) / 72  # inches
+    size = LEFT + 2 * (across + legend) + LEFT / 2, max(2.6, 1.9 * down)
     figure = Figure(figsize=size)
     FigureCanvasAgg(figure)
     axes = figure.subplots(down, 2, squeeze=False, sharex=True, sharey=True).flatten()
@@ -197,10 +213,11 @@ def panels(groups: dict[str, list[tuple]], title: str) -> Figure:
     figure.subplots_adjust(LEFT / size[0], BOTTOM / size[1], 1 - legend / size[0], 1 - 0.3 / size[1], wspace=(legend + LEFT / 2) / across, hspace=0.25)
     for ax, (name, points) in zip(axes, groups.items()):
         _look(ax)
-        styles = variant_styles(list(dict.fromkeys(point[0] for point in points)))
-        _draw_lengths(ax, points, styles, title, log=True, lengths=lengths)
+        names = list(dict.fromkeys(point[0] for point in points))
+        own = variant_styles(names) if styles is None else {name: styles[name] for name in names}
+        _draw_lengths(ax, points, own, title, log=True, lengths=lengths)
         ax.set_title(name if len(name) < 60 else name.replace(", ", ",\n", 1), fontsize=FONT, pad=3)
-        ax.legend(handles=_handles(styles), loc="center left", bbox_to_anchor=(1.0, 0.5), **LEGEND)
+        ax.legend(handles=_handles(own), loc="center left", bbox_to_anchor=(1.0, 0.5), **LEGEND)
         ax.label_outer()
     if len(groups) % 2:
         axes[-1].remove()

@@ -25,7 +25,7 @@ from attn_zoo.tables import Table, html, latex, main_table, markdown, probe_tabl
 FIGURES = {
     "throughput": "Tokens per second of the train step against length; bars are the 20th to 80th percentile of the steps.",
     "memory": "Temporary memory of the compiled train step against length.",
-    "decode": "Generated tokens per second at a context of T; bars are the 20th to 80th percentile of the steps.",
+    "decode": "Generated tokens per second at a context of T; bars are the 20th to 80th percentile of the steps; re-fed: the whole sequence for every token.",
     "state": "What generation keeps of a sequence of T tokens.",
     "loss": "Loss on held-out data against length; bars are the 95 % interval over seeds, dashed lines the task's floors.",
     "probes": "Scores on the further splits of the task; bars are the 95 % interval over seeds.",

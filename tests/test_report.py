@@ -472,6 +472,26 @@ def test_generation_has_columns_where_it_was_measured():
     assert {(row["decode, tokens/s"], row["re-fed, tokens/s"], row["state, KiB"]) for row in rows} == {("2,000", "20.0", "4.00")}
 
 
+@pytest.mark.parametrize("count", [2, 14])
+def test_generation_is_drawn_beside_the_reference_re_fed(count):
+    """Of many variants in two panels, by whether their state grows; the reference stands in both."""
+    records = []
+    for n in range(count):
+        for T in LENGTHS:
+            record = decoded(make("full" if n == 0 else "linear", T))
+            record["cell"]["variant"] = "full" if n == 0 else f"variant{n}"
+            record["decode"]["state_bytes"] = 8.0 if n % 2 else 8.0 * T
+            records.append(record | {"id": f"{n}-{T}"})
+    drawn = figures.figures(records)["decode"]
+    names = [[t.get_text() for t in (ax.get_legend() or drawn.legends[0]).get_texts()] for ax in drawn.axes]
+    odd, even = [[f"variant{n}" for n in range(1, count) if n % 2 == parity] for parity in (1, 0)]
+    assert [ax.get_title() for ax in drawn.axes] == ([""] if count == 2 else ["state of one size", "state that grows with T"])
+    assert names == ([["full", "variant1", "full, re-fed"]] if count == 2 else [["full", "full, re-fed", *odd], ["full", "full, re-fed", *even]])
+    for ax in drawn.axes:
+        lines = {tuple(line.get_ydata()) for line in ax.lines}
+        assert {(2000.0,) * 4, (20.0,) * 4} <= lines
+
+
 def test_exact_match_has_a_column_where_a_task_has_floors_of_it():
     def with_exact(record):
         floors = {name: floor | {"eval_exact": 0.01} for name, floor in record["floors"].items()}
