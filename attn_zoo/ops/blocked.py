@@ -6,7 +6,7 @@ pass recomputes scores block by block, so memory is linear in T whatever the pat
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -66,7 +66,7 @@ def blocked_attention(
     valid = None if valid_BS is None else pad(valid_BS, mask.num_k * k_block)
     fn, params = (score_mod.fn, score_mod.params) if score_mod else (lambda scores, i, j, params: scores, ())
     params = jax.tree.map(lambda x: x.reshape(K, G, 1, 1, *x.shape[1:]), params)
-    o_BTNH, lse_BTN = _attend(pattern, mask, fn, scale, rows)(q, k, v, valid, params)
+    o_BTNH, lse_BTN = _differentiable(_Engine(pattern, mask, fn, scale, rows))(q, k, v, valid, params)
     return o_BTNH[:, :T], lse_BTN[:, :T]
 
 
@@ -87,156 +87,185 @@ def rows_per_step(R: int, row_bytes: int) -> int:
     return max(p for p in range(1, R + 1) if R % p == 0 and (p == 1 or p * row_bytes <= TILE_BYTES))
 
 
-def _attend(pattern: Pattern, mask: BlockMask, fn, scale: float, rows: tuple[int, int]):
-    """The engine for one block list: (q, k, v, valid, params) -> (o, lse), with its own backward pass.
+Corner = tuple[Array, Array]  # the first sequence and the first key head of a group
 
-    P = prod(rows) (sequence, key head) rows are computed together. Tiles of queries and results are read from and written to [B, T, N, H] where
-    they stand, and keys and values copied a group at a time: with heads in front of everything beforehand it takes longer, and two to four times the memory.
+
+@dataclasses.dataclass(frozen=True)
+class _Engine:
+    """The engine for one block list: `forward`, and `backward`, which recomputes the scores.
+
+    A group of P = prod(rows) (sequence, key head) pairs is computed together. Tiles of queries and results are read from and written to [B, T, N, H] where they
+    stand, and keys and values copied a group at a time: with heads in front of everything beforehand it takes longer, and two to four times the memory.
     """
-    bq, bk = mask.q_block, mask.k_block
-    lists = (mask.full_start, np.append(mask.full_block, 0)), (mask.part_start, np.append(mask.part_block, 0))  # an empty list could not be indexed
 
-    def groups(B, K):
-        """(how many groups of rows there are, the first sequence and key head of group g)."""
-        across = K // rows[1]
-        return B // rows[0] * across, lambda g: (g // across * rows[0], g % across * rows[1])
+    pattern: Pattern
+    mask: BlockMask
+    fn: Callable  # of a ScoreMod
+    scale: float
+    rows: tuple[int, int]  # sequences and key heads in a group
 
-    def take(x, corner, G, start, size):
-        """Of x [B, L, K G, ...] a group's positions from `start` on, [P, G, size, ...]."""
-        b, k = corner
-        x = lax.dynamic_slice(x, (b, start, k * G) + (0,) * (x.ndim - 3), (rows[0], size, rows[1] * G, *x.shape[3:]))
-        return jnp.moveaxis(x.reshape(rows[0], size, rows[1], G, *x.shape[3:]), 1, 3).reshape(-1, G, size, *x.shape[3:])
+    def forward(self, q: Array, k: Array, v: Array, valid: Array | None, params: Any) -> tuple[Array, Array]:
+        """(o, lse) of arrays whose lengths are whole numbers of blocks."""
+        G, bq = q.shape[2] // k.shape[2], self.mask.q_block
 
-    def put(x, tile_PGT, corner, start):
-        """x with a group's tile in its place: the inverse of `take`."""
-        b, k = corner
-        G, size, *rest = tile_PGT.shape[1:]
-        tile = jnp.moveaxis(tile_PGT.reshape(*rows, G, size, *rest), 3, 1).reshape(rows[0], size, rows[1] * G, *rest)
-        return lax.dynamic_update_slice(x, tile.astype(x.dtype), (b, start, k * G) + (0,) * len(rest))
+        def group(corner, out):
+            args = self.of_group(corner, k, v, valid, params)
 
-    def of_group(corner, k, v, valid, params):
-        """Keys and values [P, S, H], which are valid [P, S], and parameters [P, G, ...] of a group."""
-        k, v = (take(x, corner, 1, 0, x.shape[1])[:, 0] for x in (k, v))
-        valid = None if valid is None else jnp.repeat(lax.dynamic_slice_in_dim(valid, corner[0], rows[0]), rows[1], axis=0)
-        return k, v, valid, jax.tree.map(lambda x: jnp.tile(lax.dynamic_slice_in_dim(x, corner[1], rows[1]), (rows[0],) + (1,) * (x.ndim - 1)), params)
+            def row(c, out):
+                tiles = self.forward_tile(self.take(q, corner, G, c * bq, bq), *args, c)
+                return tuple(self.put(x, tile, corner, c * bq) for x, tile in zip(out, tiles))
 
-    def over_blocks(c, body, carry):
-        """Runs body(j0, partial, carry) over the key blocks of query block c: the full ones without a mask, then the partial ones."""
-        for (start, block), partial in zip(lists, (False, True)):
-            start, block = jnp.asarray(start), jnp.asarray(block)
-            carry = lax.fori_loop(start[c], start[c + 1], lambda n, carry: body(block[n] * bk, partial, carry), carry)
-        return carry
+            return lax.fori_loop(0, self.mask.num_q, row, out)
 
-    def scores_of(q, k, i0, j0, partial, valid, params):
-        """Scores [P, G, bq, bk] of one tile, NEG where hidden, and the pull-back to the raw products and params."""
-        i, j = i0 + jnp.arange(bq)[:, None], j0 + jnp.arange(bk)[None, :]
-        raw = scale * jnp.einsum("PGTH,PSH->PGTS", q, k, preferred_element_type=jnp.float32)
-        scores, pull = jax.vjp(lambda raw, params: fn(raw, i, j, params), raw, params)
-        if partial:
-            scores = jnp.where(pattern.mask(i, j) & (j < mask.S), scores, NEG)
-        if valid is not None:
-            scores = jnp.where(valid[:, None, None, :], scores, NEG)
-        return scores, pull
+        return self.over_groups(q.shape[0], k.shape[2], group, (jnp.zeros_like(q), jnp.zeros(q.shape[:3])))
 
-    def at(x, start, size):
-        return None if x is None else lax.dynamic_slice_in_dim(x, start, size, 1)
-
-    def forward_row(q_c, k, v, valid, params, c):
+    def forward_tile(self, q_c: Array, k: Array, v: Array, valid: Array | None, params: Any, c: Array) -> tuple[Array, Array]:
         """Query block c of one group: (o [P, G, bq, H], lse [P, G, bq])."""
+        bq, bk = self.mask.q_block, self.mask.k_block
 
         def body(j0, partial, carry):
             top, total, acc = carry
-            scores, _ = scores_of(q_c, at(k, j0, bk), c * bq, j0, partial, at(valid, j0, bk), params)
+            scores, _ = self.scores(q_c, _at(k, j0, bk), c * bq, j0, partial, _at(valid, j0, bk), params)
             new_top = jnp.maximum(top, scores.max(axis=-1))
             p = jnp.exp(scores - new_top[..., None])
             shrink = jnp.exp(top - new_top)
-            acc = acc * shrink[..., None] + jnp.einsum("PGTS,PSH->PGTH", p.astype(v.dtype), at(v, j0, bk), preferred_element_type=jnp.float32)
+            acc = acc * shrink[..., None] + jnp.einsum("PGTS,PSH->PGTH", p.astype(v.dtype), _at(v, j0, bk), preferred_element_type=jnp.float32)
             return new_top, total * shrink + p.sum(axis=-1), acc
 
         # The running maximum starts far above NEG: hidden pairs get weight exp(NEG - NEG / 2) = 0 even in a row that sees nothing.
         tile = q_c.shape[:3]
-        top, total, acc = over_blocks(c, body, (jnp.full(tile, NEG / 2), jnp.zeros(tile), jnp.zeros(q_c.shape)))
+        top, total, acc = self.over_blocks(c, body, (jnp.full(tile, NEG / 2), jnp.zeros(tile), jnp.zeros(q_c.shape)))
         seen = total > 0
         o = acc / jnp.where(seen, total, 1.0)[..., None]
         return o, jnp.where(seen, top + jnp.log(jnp.where(seen, total, 1.0)), -jnp.inf)
 
-    @jax.custom_vjp
-    def attend(q, k, v, valid, params):
-        B, K = q.shape[0], k.shape[2]
-        G = q.shape[2] // K
-        count, corner_of = groups(B, K)
-
-        def group(g, out):
-            corner = corner_of(g)
-            args = of_group(corner, k, v, valid, params)
-
-            def row(c, out):
-                tiles = forward_row(take(q, corner, G, c * bq, bq), *args, c)
-                return tuple(put(x, tile, corner, c * bq) for x, tile in zip(out, tiles))
-
-            return lax.fori_loop(0, mask.num_q, row, out)
-
-        return lax.fori_loop(0, count, group, (jnp.zeros_like(q), jnp.zeros(q.shape[:3])))
-
-    def attend_fwd(q, k, v, valid, params):
-        o, lse = attend(q, k, v, valid, params)
-        return (o, lse), (q, k, v, valid, params, o, lse)
-
-    def attend_bwd(residuals, cotangents):
+    def backward(self, residuals: tuple, cotangents: tuple[Array, Array]) -> tuple:
+        """Gradients of q, k, v, valid (none) and params, from (q, k, v, valid, params, o, lse) and (do, dlse)."""
         q, k, v, valid, params, o, lse = residuals
         do, dlse = cotangents
-        B, K, H = q.shape[0], k.shape[2], q.shape[3]
-        G = q.shape[2] // K
-        count, corner_of = groups(B, K)
+        H, G, bq = q.shape[3], q.shape[2] // k.shape[2], self.mask.q_block
         # XLA's CPU backend has products of half-precision numbers in some layouts only, and chooses the layout of a transposed tile itself.
         factor = jnp.promote_types(q.dtype, jnp.float32) if jax.default_backend() == "cpu" else q.dtype
 
-        def group(g, gradients):
+        def group(corner, gradients):
             dq, dk, dv, dparams = gradients
-            corner = corner_of(g)
-            k_g, v_g, valid_g, params_g = of_group(corner, k, v, valid, params)
-            k_g, v_g = k_g.astype(factor), v_g.astype(factor)
-            # XLA's CPU product is three times slower when it contracts the leading axis of its left side, as p' do and ds' q would;
-            # with q and do transposed beforehand, dk and dv come out transposed from plain products.
-            flat = lambda x: x.reshape(len(x), G * bq, bk)
-            columns = lambda x: jnp.moveaxis(x, 3, 1).reshape(len(x), H, G * bq)
+            k_g, v_g, valid_g, params_g = self.of_group(corner, k, v, valid, params)
+            keys = k_g.astype(factor), v_g.astype(factor), valid_g, params_g
 
             def row(c, carry):
                 dq, *carry = carry
-                q_c, do_c, o_c, lse_c, dlse_c = (take(x, corner, G, c * bq, bq) for x in (q, do, o, lse, dlse))
-                q_c, do_c = q_c.astype(factor), do_c.astype(factor)
-                q_tc, do_tc = columns(q_c), columns(do_c)
-                seen = lse_c > -jnp.inf
-                lse_c = jnp.where(seen, lse_c, 0.0)
-                # d lse / d score = p and d o / d score = p (v - o): both fold into one number a row.
-                delta_c = dot_rows(do_c, o_c) - jnp.where(seen, dlse_c, 0.0)
-
-                def body(j0, partial, carry):
-                    dq_c, dk_t, dv_t, dparams_g = carry
-                    k_j, v_j = at(k_g, j0, bk), at(v_g, j0, bk)
-                    scores, pull = scores_of(q_c, k_j, c * bq, j0, partial, at(valid_g, j0, bk), params_g)
-                    p = jnp.exp(scores - lse_c[..., None])
-                    dp = jnp.einsum("PGTH,PSH->PGTS", do_c, v_j, preferred_element_type=jnp.float32)
-                    draw, dparams_j = pull(p * (dp - delta_c[..., None]))
-                    draw = (scale * draw).astype(factor)
-                    dv_t = _add_at(dv_t, jnp.einsum("PHR,PRS->PHS", do_tc, flat(p.astype(factor)), preferred_element_type=jnp.float32), j0)
-                    dk_t = _add_at(dk_t, jnp.einsum("PHR,PRS->PHS", q_tc, flat(draw), preferred_element_type=jnp.float32), j0)
-                    dq_c = dq_c + jnp.einsum("PGTS,PSH->PGTH", draw, k_j, preferred_element_type=jnp.float32)
-                    return dq_c, dk_t, dv_t, jax.tree.map(jnp.add, dparams_g, dparams_j)
-
-                dq_c, *carry = over_blocks(c, body, (jnp.zeros(q_c.shape), *carry))
-                return put(dq, dq_c, corner, c * bq), *carry
+                tiles = (self.take(x, corner, G, c * bq, bq) for x in (q, do, o, lse, dlse))
+                dq_c, *carry = self.backward_tile(tiles, keys, c, factor, carry)
+                return self.put(dq, dq_c, corner, c * bq), *carry
 
             zeros_t = jnp.zeros((len(k_g), H, k.shape[1]))
-            dq, dk_t, dv_t, dparams_g = lax.fori_loop(0, mask.num_q, row, (dq, zeros_t, zeros_t, jax.tree.map(jnp.zeros_like, params_g)))
-            dk, dv = (put(x, x_t.swapaxes(1, 2)[:, None], corner, 0) for x, x_t in ((dk, dk_t), (dv, dv_t)))
-            return dq, dk, dv, jax.tree.map(lambda x, x_g: _add_rows(x, x_g.reshape(*rows, *x_g.shape[1:]).sum(axis=0), corner[1]), dparams, dparams_g)
+            dq, dk_t, dv_t, dparams_g = lax.fori_loop(0, self.mask.num_q, row, (dq, zeros_t, zeros_t, jax.tree.map(jnp.zeros_like, params_g)))
+            dk, dv = (self.put(x, x_t.swapaxes(1, 2)[:, None], corner, 0) for x, x_t in ((dk, dk_t), (dv, dv_t)))
+            of_heads = lambda x: x.reshape(*self.rows, *x.shape[1:]).sum(axis=0)
+            return dq, dk, dv, jax.tree.map(lambda x, x_g: _add_rows(x, of_heads(x_g), corner[1]), dparams, dparams_g)
 
-        dq, dk, dv, dparams = lax.fori_loop(0, count, group, jax.tree.map(jnp.zeros_like, (q, k, v, params)))
+        dq, dk, dv, dparams = self.over_groups(q.shape[0], k.shape[2], group, jax.tree.map(jnp.zeros_like, (q, k, v, params)))
         return dq, dk, dv, None, dparams
 
-    attend.defvjp(attend_fwd, attend_bwd)
+    def backward_tile(self, tiles: Iterable[Array], keys: tuple, c: Array, factor: Any, carry: list) -> tuple:
+        """Query block c of one group: (dq of it [P, G, bq, H], and what is added up over query blocks: dk and dv [P, H, S], dparams).
+
+        `tiles` are the block's q, do, o, lse and dlse, `keys` what `of_group` gives, in the dtype `factor` that products are taken in.
+        """
+        q_c, do_c, o_c, lse_c, dlse_c = tiles
+        k, v, valid, params = keys
+        bq, bk = self.mask.q_block, self.mask.k_block
+        P, G, _, H = q_c.shape
+        # XLA's CPU product is three times slower when it contracts the leading axis of its left side, as p' do and ds' q would;
+        # with q and do transposed beforehand, dk and dv come out transposed from plain products.
+        flat = lambda x: x.reshape(P, G * bq, bk)
+        columns = lambda x: jnp.moveaxis(x, 3, 1).reshape(P, H, G * bq)
+        q_c, do_c = q_c.astype(factor), do_c.astype(factor)
+        q_tc, do_tc = columns(q_c), columns(do_c)
+        seen = lse_c > -jnp.inf
+        lse_c = jnp.where(seen, lse_c, 0.0)
+        # d lse / d score = p and d o / d score = p (v - o): both fold into one number a row.
+        delta_c = dot_rows(do_c, o_c) - jnp.where(seen, dlse_c, 0.0)
+
+        def body(j0, partial, carry):
+            dq_c, dk_t, dv_t, dparams = carry
+            k_j, v_j = _at(k, j0, bk), _at(v, j0, bk)
+            scores, pull = self.scores(q_c, k_j, c * bq, j0, partial, _at(valid, j0, bk), params)
+            p = jnp.exp(scores - lse_c[..., None])
+            dp = jnp.einsum("PGTH,PSH->PGTS", do_c, v_j, preferred_element_type=jnp.float32)
+            draw, dparams_j = pull(p * (dp - delta_c[..., None]))
+            draw = (self.scale * draw).astype(factor)
+            dv_t = _add_at(dv_t, jnp.einsum("PHR,PRS->PHS", do_tc, flat(p.astype(factor)), preferred_element_type=jnp.float32), j0)
+            dk_t = _add_at(dk_t, jnp.einsum("PHR,PRS->PHS", q_tc, flat(draw), preferred_element_type=jnp.float32), j0)
+            dq_c = dq_c + jnp.einsum("PGTS,PSH->PGTH", draw, k_j, preferred_element_type=jnp.float32)
+            return dq_c, dk_t, dv_t, jax.tree.map(jnp.add, dparams, dparams_j)
+
+        return self.over_blocks(c, body, (jnp.zeros(q_c.shape), *carry))
+
+    def scores(self, q: Array, k: Array, i0: Array, j0: Array, partial: bool, valid: Array | None, params: Any) -> tuple[Array, Callable]:
+        """Scores [P, G, bq, bk] of one tile, NEG where hidden, and the pull-back to the raw products and params."""
+        i, j = i0 + jnp.arange(self.mask.q_block)[:, None], j0 + jnp.arange(self.mask.k_block)[None, :]
+        raw = self.scale * jnp.einsum("PGTH,PSH->PGTS", q, k, preferred_element_type=jnp.float32)
+        scores, pull = jax.vjp(lambda raw, params: self.fn(raw, i, j, params), raw, params)
+        if partial:
+            scores = jnp.where(self.pattern.mask(i, j) & (j < self.mask.S), scores, NEG)
+        if valid is not None:
+            scores = jnp.where(valid[:, None, None, :], scores, NEG)
+        return scores, pull
+
+    def over_groups(self, B: int, K: int, body: Callable[[Corner, Any], Any], carry: Any) -> Any:
+        """Runs body(corner, carry) over all groups."""
+        sequences, heads = self.rows
+        across = K // heads
+        return lax.fori_loop(0, B // sequences * across, lambda g, carry: body((g // across * sequences, g % across * heads), carry), carry)
+
+    def over_blocks(self, c: Array, body: Callable[[Array, bool, Any], Any], carry: Any) -> Any:
+        """Runs body(j0, partial, carry) over the key blocks of query block c: the full ones without a mask, then the partial ones."""
+        mask = self.mask
+        for start, block, partial in ((mask.full_start, mask.full_block, False), (mask.part_start, mask.part_block, True)):
+            start, block = jnp.asarray(start), jnp.asarray(np.append(block, 0))  # an empty list could not be indexed
+            carry = lax.fori_loop(start[c], start[c + 1], lambda n, carry: body(block[n] * mask.k_block, partial, carry), carry)
+        return carry
+
+    def take(self, x: Array, corner: Corner, G: int, start: Array | int, size: int) -> Array:
+        """Of x [B, L, K G, ...] a group's positions from `start` on, [P, G, size, ...]."""
+        (sequences, heads), (b, k) = self.rows, corner
+        x = lax.dynamic_slice(x, (b, start, k * G) + (0,) * (x.ndim - 3), (sequences, size, heads * G, *x.shape[3:]))
+        return jnp.moveaxis(x.reshape(sequences, size, heads, G, *x.shape[3:]), 1, 3).reshape(-1, G, size, *x.shape[3:])
+
+    def put(self, x: Array, tile_PGT: Array, corner: Corner, start: Array | int) -> Array:
+        """x with a group's tile in its place: the inverse of `take`."""
+        (sequences, heads), (b, k) = self.rows, corner
+        G, size, *rest = tile_PGT.shape[1:]
+        tile = jnp.moveaxis(tile_PGT.reshape(sequences, heads, G, size, *rest), 3, 1).reshape(sequences, size, heads * G, *rest)
+        return lax.dynamic_update_slice(x, tile.astype(x.dtype), (b, start, k * G) + (0,) * len(rest))
+
+    def of_group(self, corner: Corner, k: Array, v: Array, valid: Array | None, params: Any) -> tuple:
+        """Keys and values [P, S, H], which are valid [P, S], and parameters [P, G, ...] of a group."""
+        sequences, heads = self.rows
+        k, v = (self.take(x, corner, 1, 0, x.shape[1])[:, 0] for x in (k, v))
+        valid = None if valid is None else jnp.repeat(lax.dynamic_slice_in_dim(valid, corner[0], sequences), heads, axis=0)
+        return k, v, valid, jax.tree.map(lambda x: jnp.tile(lax.dynamic_slice_in_dim(x, corner[1], heads), (sequences,) + (1,) * (x.ndim - 1)), params)
+
+
+def _differentiable(engine: _Engine) -> Callable:
+    """(q, k, v, valid, params) -> (o, lse), with the engine's own backward pass."""
+
+    @jax.custom_vjp
+    def attend(q, k, v, valid, params):
+        return engine.forward(q, k, v, valid, params)
+
+    def forward(*arguments):
+        results = attend(*arguments)
+        return results, (*arguments, *results)
+
+    attend.defvjp(forward, engine.backward)
     return attend
+
+
+def _at(x, start, size):
+    """x[:, start:start + size], of an x that may be None."""
+    return None if x is None else lax.dynamic_slice_in_dim(x, start, size, 1)
 
 
 def _add_at(x, update, start):
