@@ -208,10 +208,10 @@ def loss_of(attention):
     return params, loss
 
 
-@pytest.mark.parametrize("name", ["strided", "bigbird", "adaptive_span"])
-def test_variants_equal_their_reference(name, interpreted):
-    """One that folds and merges, one whose keys are gathered in part, one that learns how it modifies the scores."""
-    attention = layer(SERVED[name], True)
+@named
+def test_variants_equal_their_reference(name, causal, interpreted):
+    """Outputs, and gradients of inputs and parameters."""
+    attention = layer(SERVED[name], causal)
     q, k, v = normals(2, 90, 90, 4, 2, 16)
     valid = jnp.arange(90)[None] < jnp.array([[90], [61]])
     params, loss = loss_of(attention)
@@ -276,11 +276,14 @@ def test_lowers_for_cuda(dtype, H, monkeypatch):
     assert "300x300" not in text and "320x320" not in text, "a dense mask or score matrix"
 
 
-def test_adaptive_span_lowers_for_cuda(gpu):
-    params, loss = loss_of(layer("adaptive_span(max_span=96, init=9)", True, H=64, dtype=jnp.bfloat16))
+@named
+def test_variants_lower_for_cuda(name, causal, gpu):
+    """Forward and backward, with padding; a variant that merges parts has kernels for each."""
+    params, loss = loss_of(layer(SERVED[name], causal, H=64, dtype=jnp.bfloat16))
     shapes = [jax.ShapeDtypeStruct((2, 90, heads, 64), jnp.bfloat16) for heads in (4, 2, 2)]
     text = lowered(jax.grad(lambda *args: loss(*args)[0], (0, 1, 2, 4)), *shapes, jax.ShapeDtypeStruct((2, 90), bool), params)
-    assert [text.count(f'name = "{kernel}"') for kernel in KERNELS] == [1, 1, 1]
+    forward, dq, dkv = [text.count(f'name = "{kernel}"') for kernel in KERNELS]
+    assert forward == dq == dkv >= 1
 
 
 def test_plan_gives_the_density_of_blocks_beside_that_of_pairs(gpu):
