@@ -13,6 +13,7 @@ from attn_zoo import VARIANTS, make_attention
 from attn_zoo.attention.base import softmax_reference
 from attn_zoo.attention.pattern import dense_mask
 from attn_zoo.results import load_records, write_record
+from attn_zoo.tables import number
 from tiny import ENV
 
 ROOT = Path(__file__).parent.parent
@@ -68,7 +69,12 @@ def test_ratios_exponents_and_rates_are_those_of_the_recorded_times(folder, tmp_
     assert text.count("3.0 / 1.0 (3.00×)") == 4 and text.count("48.0 / 16.0 (3.00×)") == 4  # both directions and modes
     [row] = [line for line in text.splitlines() if line.startswith("| `linformer(rank=4)` (b)")][:1]
     assert "16.0 (3.0×)" in row and "| 2.00 " in row
-    assert "25 %" in text.split("**Rates at T = 128**")[1]
+    rates = text.split("**Rates at T = 128**")[1]
+    assert "25 %" in rates
+    [full] = [r for r in load_records(folder) if (r["cell"]["variant"], r["cell"]["seq_len"], r["cell"]["mode"]) == ("full", 128, "forward")]
+    pairs = full["cell"]["B"] * full["cell"]["N"] * full["plan"]["computed_pairs"]
+    columns = [c.strip() for c in next(line for line in rates.splitlines() if line.startswith("| `full` ")).split("|")]
+    assert columns[7] == columns[10] == number(16e9 / pairs)
 
 
 def test_the_committed_table_and_figures_follow_from_the_records(tmp_path):

@@ -72,7 +72,7 @@ def pattern_plan(backend: str, pattern: Pattern, T: int, S: int, dims: Dims) -> 
     blocks = backends.blocks(backend, pattern, T, S, dims.dtype, dims.head_dim)
     if blocks is not None:
         computed = block_mask(pattern, T, S, *blocks).computed_pairs
-        plan |= {"q_block": blocks[0], "k_block": blocks[1], "computed_density": computed / (T * S)}
+        plan |= {"q_block": blocks[0], "k_block": blocks[1], "computed_density": computed / (T * S), "computed_pairs": computed}
     return plan
 
 

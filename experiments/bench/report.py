@@ -9,6 +9,7 @@ from tabulate import tabulate
 
 from attn_zoo import figures, summary
 from attn_zoo.attention import find
+from attn_zoo.tables import number
 
 MODES = {"forward": "Forward", "forward_backward": "Forward + backward"}
 Record = dict[str, Any]
@@ -54,7 +55,7 @@ def times(records: list[Record], mode: str, reference: str) -> str:
 def rates(records: list[Record]) -> str:
     """What the variants reach at the longest length: useful FLOPs and bytes a second, as fractions of the matrix product's and of a copy's; and who ran, on which density."""
     T = max(lengths_of(records))
-    rows = []
+    rows, counted = [], any((r.get("plan") or {}).get("computed_pairs") for r in records)
     for name, at in by_name(r for r in records if r["cell"]["seq_len"] == T and not r["cell"]["layer"]).items():
         of = {r["cell"]["mode"]: r for r in records if r["cell"]["seq_len"] == T and r["cell"]["variant"] == name}
         if any(r["status"] != "ok" for r in of.values()):
@@ -62,10 +63,12 @@ def rates(records: list[Record]) -> str:
         plan = at[T].get("plan") or {}
         row = [f"`{name}`", plan.get("backend", "–"), _percent(plan.get("density")), _percent(plan.get("computed_density"))]
         for r in (of[mode] for mode in MODES):
-            row += [_rate(r, "flops", "matmul_flops_per_s"), _rate(r, "bytes", "copy_bytes_per_s")]
+            row += [_rate(r, "flops", "matmul_flops_per_s"), _rate(r, "bytes", "copy_bytes_per_s"), *([_pair(r, plan.get("computed_pairs"))] if counted else [])]
         rows.append(row)
-    header = ["", "backend", "pairs seen", "pairs computed", *(f"{title}: {unit}" for title in MODES.values() for unit in ("GFLOP/s (of the matrix product)", "GB/s (of a copy)"))]
-    return f"**Rates at T = {T}**, of useful pairs, and of every argument and result moved once\n\n" + pipe(rows, header) if rows else ""
+    units = "GFLOP/s (of the matrix product)", "GB/s (of a copy)", *(["ps a computed pair"] if counted else [])
+    header = ["", "backend", "pairs seen", "pairs computed", *(f"{title}: {unit}" for title in MODES.values() for unit in units)]
+    what = "of useful pairs, and of every argument and result moved once" + "; picoseconds of a computed pair, seen or not, in one head" * counted
+    return f"**Rates at T = {T}**, {what}\n\n" + pipe(rows, header) if rows else ""
 
 
 def side_by_side(records: list[Record], mode: str) -> str:
@@ -214,6 +217,12 @@ def _rate(record: Record, what: str, most: str) -> str:
     """Billions a second, and as a share of the rate measured beside it, if one was."""
     rate = record[what] / record["speed"]["median_s"]
     return f"{rate / 1e9:.3g}" + (f" ({100 * rate / record[most]:.0f} %)" if record[most] else "")
+
+
+def _pair(record: Record, computed_pairs: int | None) -> str:
+    """Picoseconds of a computed pair, of what lists the blocks that it computes: alike for all patterns where time follows these."""
+    heads = record["cell"]["B"] * record["cell"]["N"]
+    return number(1e12 * record["speed"]["median_s"] / (heads * computed_pairs)) if computed_pairs else "–"
 
 
 def _percent(fraction: float | None) -> str:
