@@ -92,8 +92,12 @@ def _own_model(spec: Spec, shared: config.Model) -> tuple[list[Spec], config.Mod
             raise UserError(f"{spec}: {name} is of the whole sweep; use --set model.{name}={value}")
         if name not in known:
             raise UserError(f"{spec}: a {spec.name} model has no setting {name!r}; {nearest(name, known)}")
+        try:
+            settings[name] = config.coerce(hints[name], value)
+        except UserError as e:
+            raise UserError(f"{spec}: {name}={value!r}: {e}") from None
     try:
-        return [part.spec for part in parts], dataclasses.replace(shared, body=spec.name, **{k: config.coerce(hints[k], v) for k, v in settings.items()})
+        return [part.spec for part in parts], dataclasses.replace(shared, body=spec.name, **settings)
     except UserError as e:
         raise UserError(f"{spec}: {e}") from None
 

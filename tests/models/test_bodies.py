@@ -55,7 +55,7 @@ def test_a_name_is_of_the_body_that_the_sweep_has():
         ("recurrent(none, layer=2)", "did you mean 'layers'?"),
         ("recurrent(none, dtype='bfloat16')", "dtype is of the whole sweep; use --set model.dtype=bfloat16"),
         ("transformer(full, remat=True)", "remat is of the whole sweep; use --set model.remat=True"),
-        ("transformer(full, D='x')", "must be of type int"),
+        ("transformer(full, D='x')", "transformer(full, D='x'): D='x': must be of type int"),
         ("transformer(full, D=33)", "D=33: must be a multiple of N=2"),
         ("[recurrent(none), full]", "recurrent is a whole model, and no layer of one"),
         ("full, full", "expected one variant"),
