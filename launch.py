@@ -20,7 +20,7 @@ from attn_zoo.config import Experiment, overlay
 from attn_zoo.spec import UserError
 
 CONFIG = flags.DEFINE_string("config", None, "A file in experiments/ that defines `experiment`.")
-VARIANTS = flags.DEFINE_string("variants", None, "Attention variants instead of the experiment's, e.g. 'full, local(window=128), [linear, full]'.")
+VARIANTS = flags.DEFINE_string("variants", None, "Attention variants instead of the experiment's, e.g. 'full, local(window=128), [linear, full]', also in models of their own, e.g. 'recurrent(additive, layers=1)'.")
 SEQ_LENS = flags.DEFINE_list("seq_lens", None, "Sequence lengths instead of the experiment's.")
 SEEDS = flags.DEFINE_list("seeds", None, "Seeds instead of the experiment's.")
 SET = flags.DEFINE_multi_string("set", [], "A setting of the experiment, e.g. --set train.steps=500; may be repeated.")

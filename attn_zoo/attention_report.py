@@ -115,13 +115,14 @@ def look_at(model: Any, task: Task, chosen: list[Example]) -> dict[str, list[jax
 
 
 def examples(task: Task, count: int) -> list[Example]:
-    """The first examples of validation whose characters all have a picture in the font; then, if there are too few, the first others."""
+    """The first examples of validation whose characters, of the source where there is one, all have a picture in the font; then, if there are too few, the first others."""
     candidates = list(itertools.islice(task.eval_examples(CANDIDATES * task.seq_len, "validation"), CANDIDATES))
 
     def illegible(example: Example) -> bool:
-        labels = [task.label(int(i)) for i in example["inputs"][example["valid"]]]
         if "source_valid" in example:
-            labels += [task.label(int(i), source=True) for i in example["source"][example["source_valid"]]]
+            labels = [task.label(int(i), source=True) for i in example["source"][example["source_valid"]]]
+        else:
+            labels = [task.label(int(i)) for i in example["inputs"][example["valid"]]]
         return not all(map(attention_figures.legible, labels))
 
     return sorted(candidates, key=illegible)[:count]

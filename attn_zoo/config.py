@@ -54,16 +54,18 @@ class Model:
             check_int(name, getattr(self, name), 1)
         for name in ("K", "H", "F", "encoder_layers"):
             check_int(name, getattr(self, name), 1, optional=True)
-        check(self.H is not None or self.D % self.N == 0, "D", self.D, f"must be a multiple of N={self.N}, unless H is given")
-        check(self.N % (self.K or self.N) == 0, "K", self.K, f"must divide N={self.N}")
         check_number("dropout", self.dropout, 0, 0.99)
         _check_choices(self)
+        if "N" in SETTINGS[self.body]:
+            check(self.H is not None or self.D % self.N == 0, "D", self.D, f"must be a multiple of N={self.N}, unless H is given")
+        if self.body == "transformer":
+            check(self.N % (self.K or self.N) == 0, "K", self.K, f"must divide N={self.N}")
+            if self.positions == "rotary" and self.head_dim % 2:
+                raise UserError(f"H={self.head_dim}: rotary positions turn channels in pairs, so the head dim must be even; nearest: {self.head_dim + 1}")
         check(bool(self.where), "where", self.where, "must name a place for the variant: encoder, decoder or cross")
         for place in self.where:
             check_choice("where", place, ("encoder", "decoder", "cross"))
         check(self.F is None or self.ffn != "none", "F", self.F, "has no meaning with ffn='none'; leave it None")
-        if self.positions == "rotary" and self.head_dim % 2:
-            raise UserError(f"H={self.head_dim}: rotary positions turn channels in pairs, so the head dim must be even; nearest: {self.head_dim + 1}")
 
     @property
     def head_dim(self) -> int:

@@ -75,17 +75,16 @@ def decode(rows: list[Row], styles: dict) -> Figure | None:
     rate = lambda r, seconds: r.decode_tokens_per_s * r.decode_step_s / seconds
     points = [(r.variant, r.seq_len, r.decode_tokens_per_s, rate(r, r.decode_step_s_p80), rate(r, r.decode_step_s_p20)) for r in known]
     refed = [(REFED, r.seq_len, *[r.refeed_tokens_per_s] * 3) for r in known if r.variant == summary.REFERENCE and r.refeed_tokens_per_s]
-    styles = styles | ({REFED: {"color": "0.5", "marker": "", "linestyle": "--"}} if refed else {})
-    if not known or len(styles) <= MANY:
+    many, styles = len(styles) > MANY, styles | ({REFED: {"color": "0.5", "marker": "", "linestyle": "--"}} if refed else {})
+    state = {r.variant: {own.seq_len: own.state_bytes for own in known if own.variant == r.variant} for r in known}
+    if not many or len({r.seq_len for r in known}) < 2:
         return against_length(points + refed, styles, "generated tokens / s", log=True)
-    sizes: dict[str, set] = {}
-    for r in known:
-        sizes.setdefault(r.variant, set()).add(r.state_bytes)
     both = [point for point in points if point[0] == summary.REFERENCE] + refed
-    groups = {
-        "state of one size": both + [p for p in points if len(sizes[p[0]]) == 1 and p not in both],
-        "state that grows with T": both + [p for p in points if len(sizes[p[0]]) > 1 and p not in both],
-    }
+    titles = {variant: f"state {'that grows with T' if len(set(sizes.values())) > 1 else 'of one size'}" for variant, sizes in state.items() if len(sizes) > 1}
+    groups: dict[str, list] = {}
+    for title in ("state of one size", "state that grows with T", "at one length alone"):
+        if own := [point for point in points if point not in both and titles.get(point[0], "at one length alone") == title]:
+            groups[title] = both + own
     return panels(groups, "generated tokens / s", styles)
 
 

@@ -56,14 +56,14 @@ class Spec:
     options: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
-        inside = ", ".join(", ".join(map(str, v)) if _are_parts(v) else f"{k}={v!r}" for k, v in self.options)
+        inside = ", ".join(", ".join(map(str, v)) if are_parts(v) else f"{k}={v!r}" for k, v in self.options)
         return f"{self.name}({inside})" if inside else self.name
 
     def resolve(self, kind: str, cls: type) -> Any:
         """The options dataclass `cls` filled from this spec. Raises UserError for an unknown option or a bad value."""
         fields = {f.name: f for f in dataclasses.fields(cls)}
         for option, value in self.options:
-            if option not in fields and _are_parts(value):
+            if option not in fields and are_parts(value):
                 raise UserError(f"{kind} {self.name!r} is not composed of others, as in {self}; its options are given by name")
             if option not in fields:
                 raise UserError(f"{kind} {self.name!r} has no option {option!r}; {nearest(option, fields) if fields else 'it takes none'}")
@@ -91,7 +91,8 @@ class Part:
         return f"{self.spec}*{self.count}" if self.count != 1 else str(self.spec)
 
 
-def _are_parts(value: Any) -> bool:
+def are_parts(value: Any) -> bool:
+    """Whether an option's value is the specs that a composed one is made of."""
     return isinstance(value, tuple) and value != () and all(isinstance(v, Part) for v in value)
 
 

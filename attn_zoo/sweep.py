@@ -19,13 +19,13 @@ import filelock
 
 from attn_zoo import train
 from attn_zoo.config import Attention, Cell, Experiment
-from attn_zoo.models import BODIES, read_variants
+from attn_zoo.models import Entry, read_variants
 from attn_zoo.ops.backends import check_backend
 from attn_zoo.parameters import parameters_path
 from attn_zoo.progress import Display
 from attn_zoo.results import load_records, load_sweep, record_path, write_record
 from attn_zoo.spec import UserError, check
-from attn_zoo.tasks import load_task
+from attn_zoo.tasks import Task, load_task
 
 FAILED = ("error", "timeout")  # statuses that make a sweep exit with 1; oom, nan and unsupported are results
 SHARED = ("name", "task", "model", "attention", "train", "measure")  # what all records of one workdir have in common
@@ -41,11 +41,22 @@ def cells(experiment: Experiment, data_dir: str) -> list[Cell]:
     tasks = [load_task(experiment.task, T, data_dir) for T in experiment.seq_lens]
     shared = {name: getattr(experiment, name) for name in ("task", "model", "attention", "train", "measure")}
     every = [Cell(entry.text, T, seed, **shared) for T in experiment.seq_lens for entry in entries for seed in experiment.seeds]
-    for model in dict.fromkeys(entry.model for entry in entries):
-        # What a variant cannot do is a row; what no variant of a model can do is an error at once. Nothing here starts the accelerator, which belongs to the cells.
-        plain = dataclasses.replace(model, remat=False)
-        train.Model(dataclasses.replace(every[0], variant=BODIES[model.body].plainest, model=plain, attention=Attention()), tasks[0])
+    for entry in {entry.model: entry for entry in entries}.values():
+        for task in tasks:
+            _check_model(entry, every[0], task, named=entry.model != experiment.model)
     return list(dict.fromkeys(every))
+
+
+def _check_model(entry: Entry, cell: Cell, task: Task, named: bool) -> None:
+    """Raises UserError for what no variant of the entry's model can do with the task: what one variant cannot do is a row.
+
+    Nothing here starts the accelerator, which belongs to the cells.
+    """
+    plain = dataclasses.replace(cell, variant=entry.body.plainest, seq_len=task.seq_len, model=dataclasses.replace(entry.model, remat=False), attention=Attention())
+    try:
+        train.Model(plain, task)
+    except UserError as e:
+        raise UserError(f"{entry.text}: {e}" if named else str(e)) from None
 
 
 def claim(workdir: str, experiment: Experiment, cells: list[Cell]) -> None:

@@ -472,24 +472,25 @@ def test_generation_has_columns_where_it_was_measured():
     assert {(row["decode, tokens/s"], row["re-fed, tokens/s"], row["state, KiB"]) for row in rows} == {("2,000", "20.0", "4.00")}
 
 
-@pytest.mark.parametrize("count", [2, 14])
-def test_generation_is_drawn_beside_the_reference_re_fed(count):
-    """Of many variants in two panels, by whether their state grows; the reference stands in both."""
+@pytest.mark.parametrize("count, lengths", [(2, LENGTHS), (12, LENGTHS), (14, LENGTHS), (14, LENGTHS[:1])])
+def test_generation_is_drawn_beside_the_reference_re_fed(count, lengths):
+    """Of more than twelve variants in two panels, by whether their state grows; the reference stands in both."""
     records = []
     for n in range(count):
-        for T in LENGTHS:
+        for T in lengths:
             record = decoded(make("full" if n == 0 else "linear", T))
             record["cell"]["variant"] = "full" if n == 0 else f"variant{n}"
             record["decode"]["state_bytes"] = 8.0 if n % 2 else 8.0 * T
             records.append(record | {"id": f"{n}-{T}"})
     drawn = figures.figures(records)["decode"]
     names = [[t.get_text() for t in (ax.get_legend() or drawn.legends[0]).get_texts()] for ax in drawn.axes]
-    odd, even = [[f"variant{n}" for n in range(1, count) if n % 2 == parity] for parity in (1, 0)]
-    assert [ax.get_title() for ax in drawn.axes] == ([""] if count == 2 else ["state of one size", "state that grows with T"])
-    assert names == ([["full", "variant1", "full, re-fed"]] if count == 2 else [["full", "full, re-fed", *odd], ["full", "full, re-fed", *even]])
+    every, odd, even = [[f"variant{n}" for n in range(1, count) if n % 2 in parities] for parities in ((0, 1), (1,), (0,))]
+    two = count > 12 and len(lengths) > 1
+    assert [ax.get_title() for ax in drawn.axes] == (["state of one size", "state that grows with T"] if two else [""])
+    assert names == ([["full", "full, re-fed", *odd], ["full", "full, re-fed", *even]] if two else [["full", *every, "full, re-fed"]])
     for ax in drawn.axes:
         lines = {tuple(line.get_ydata()) for line in ax.lines}
-        assert {(2000.0,) * 4, (20.0,) * 4} <= lines
+        assert {(2000.0,) * len(lengths), (20.0,) * len(lengths)} <= lines
 
 
 def test_exact_match_has_a_column_where_a_task_has_floors_of_it():

@@ -5,6 +5,7 @@ Shell scripts stand in for cells here; tests/test_launch.py runs real ones.
 
 import contextlib
 import dataclasses
+import importlib.util
 import io
 import json
 import subprocess
@@ -56,7 +57,10 @@ def test_one_meaning_is_one_cell(tmp_path):
         ({"task": "byte"}, "there is no task 'byte'; did you mean 'bytes'?"),
         ({"task": "bytes(objective='mask')"}, "did you mean 'masked'?"),
         ({"task": "listops"}, "seq_len=16: must be at least max_length=2000"),
-        ({"variants": ("full", "recurrent(additive)")}, "a recurrent model reads a source"),
+        ({"variants": ("full", "recurrent(additive, D=8)")}, "recurrent(additive, D=8): a recurrent model reads a source"),
+        ({"task": "cloze", "variants": ("recurrent(additive)",), "seq_lens": (48,)}, "a recurrent model writes its target token by token"),
+        ({"task": "cloze", "variants": ("convolutional(dilated)",), "seq_lens": (48,)}, "a convolutional model with a source writes its target token by token"),
+        ({"task": "shapes(objective='same')", "variants": ("convnet(full, D=8, layers=3)",), "seq_lens": (256, 1024, 16)}, "must be the cells of a grid that the network has"),
         ({"variants": ("full", "transformer(full, full, D=8)")}, "lists 2 layers, but layers=1"),
         ({"model": dataclasses.replace(CELL.model, body="reader"), "variants": ("attention_sum",)}, "use the task cloze"),
         ({"model": dataclasses.replace(CELL.model, where=("cross",))}, "this model has no such place"),
@@ -75,6 +79,7 @@ def test_several_models_are_rows_of_one_sweep(tmp_path):
     assert {c.model for c in cells} == {asked.model}
 
 
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="there is a TPU's library to start")
 def test_the_accelerator_is_left_to_the_cells():
     """A process that had started it would hold its memory. Here there is none to start, so that trying would be an error."""
     code = """

@@ -111,7 +111,11 @@ def parse_variants(text: str, registry: Mapping[str, Any] = VARIANTS, kind: str 
 
 def parse_variant(text: str, registry: Mapping[str, Any] = VARIANTS, kind: str = "attention variant") -> list[Spec]:
     """One entry of a sweep."""
-    entries = parse_variants(text, registry, kind)
+    return only(parse_variants(text, registry, kind), text)
+
+
+def only(entries: list, text: str) -> Any:
+    """The one entry that was read from `text`. Raises UserError where there are more, or none."""
     if len(entries) != 1:
         raise UserError(f"expected one variant, or a [list] to cycle over layers; got {text!r}")
     return entries[0]

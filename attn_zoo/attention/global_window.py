@@ -53,6 +53,10 @@ class GlobalWindow(PatternAttention):
     def pattern(self, T, S):
         return pattern(self.options.window, self.options.globals, self.dims.causal)
 
+    def plan(self, T, S, masked=False):
+        plan = super().plan(T, S, masked)
+        return {name: value for name, value in plan.items() if name != "computed_pairs" or not self.separate}  # the rows of globals are computed beside
+
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         o_BTNH = super().attend(q_BTNH, k_BSKH, v_BSKH, valid_BS, key)
         if not self.separate:

@@ -57,7 +57,9 @@ class PatternAttention(SlotDecoding):
         return backends.choose(self.dims.backend, self.pattern(1, 1), self.dims.dtype, self.dims.head_dim, masked=masked and self.dims.padding)
 
     def plan(self, T, S, masked=False):
-        return pattern_plan(self.backend(masked), self.pattern(T, S), T, S, self.dims)
+        plan = pattern_plan(self.backend(masked), self.pattern(T, S), T, S, self.dims)
+        # Of these variants the listed blocks are all the work, which tells what a pair of them costs.
+        return plan | ({"computed_pairs": round(plan["computed_density"] * T * S)} if "computed_density" in plan else {})
 
 
 def dense_mask(pattern: Pattern, T: int, S: int, valid_BS=None):
@@ -72,7 +74,7 @@ def pattern_plan(backend: str, pattern: Pattern, T: int, S: int, dims: Dims) -> 
     blocks = backends.blocks(backend, pattern, T, S, dims.dtype, dims.head_dim)
     if blocks is not None:
         computed = block_mask(pattern, T, S, *blocks).computed_pairs
-        plan |= {"q_block": blocks[0], "k_block": blocks[1], "computed_density": computed / (T * S), "computed_pairs": computed}
+        plan |= {"q_block": blocks[0], "k_block": blocks[1], "computed_density": computed / (T * S)}
     return plan
 
 

@@ -14,13 +14,13 @@ from typing import Any
 from flax import nnx
 
 from attn_zoo import config
-from attn_zoo.attention import VARIANTS, canonical, variant_text
+from attn_zoo.attention import VARIANTS, canonical, only, variant_text
 from attn_zoo.models.convolutional_stack import CONVOLUTIONS, ConvolutionStack
 from attn_zoo.models.picture_classifier import LAYERS, PictureClassifier
 from attn_zoo.models.reader import READERS, Reader
 from attn_zoo.models.recurrent import ALIGNMENTS, Recurrent
 from attn_zoo.models.transformer import Transformer
-from attn_zoo.spec import Part, Spec, UserError, nearest, parse
+from attn_zoo.spec import Part, Spec, UserError, are_parts, nearest, parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Entry:
         return BODIES[self.model.body]
 
 
-SHARED = ("dtype", "remat")  # of the model, how it computes: of a whole sweep, never of a row
+OF_THE_SWEEP = ("dtype", "remat")  # how a model computes, which is never a row's own
 
 
 def read_variants(text: str, shared: config.Model) -> list[Entry]:
@@ -59,10 +59,7 @@ def read_variants(text: str, shared: config.Model) -> list[Entry]:
 
 def read_variant(text: str, shared: config.Model) -> Entry:
     """One row."""
-    entries = read_variants(text, shared)
-    if len(entries) != 1:
-        raise UserError(f"expected one variant, or a [list] to cycle over layers; got {text!r}")
-    return entries[0]
+    return only(read_variants(text, shared), text)
 
 
 def _entry(specs: list[Spec], shared: config.Model) -> Entry:
@@ -84,11 +81,11 @@ def _own_model(spec: Spec, shared: config.Model) -> tuple[list[Spec], config.Mod
     settings = dict(spec.options)
     parts = settings.pop("parts", ())
     example = f"{spec.name}({BODIES[spec.name].plainest})"
-    if not parts or any(part.count != 1 for part in parts):
+    if not are_parts(parts) or any(part.count != 1 for part in parts):
         raise UserError(f"{spec}: a model is given with its variant, or with those that its layers cycle through, as in {example}")
-    hints, known = typing.get_type_hints(config.Model), [name for name in config.SETTINGS[spec.name] if name not in SHARED]
+    hints, known = typing.get_type_hints(config.Model), [name for name in config.SETTINGS[spec.name] if name not in OF_THE_SWEEP]
     for name, value in settings.items():
-        if name in SHARED:
+        if name in OF_THE_SWEEP:
             raise UserError(f"{spec}: {name} is of the whole sweep; use --set model.{name}={value}")
         if name not in known:
             raise UserError(f"{spec}: a {spec.name} model has no setting {name!r}; {nearest(name, known)}")
@@ -112,6 +109,7 @@ def _recurrent(
 ) -> Recurrent:
     _needs_tokens("a recurrent model", inputs_vocab)
     _one(variant, "a recurrent model has one alignment, not one a layer")
+    _decodes("a recurrent model", causal, per_token)
     return Recurrent(model, alignment=variant[0], inputs_vocab=inputs_vocab, **sizes)
 
 
@@ -121,6 +119,9 @@ def _convolutional(
     variant: list[Spec],
     attention: config.Attention,
     inputs_vocab: int,
+    causal: bool,
+    per_token: bool,
+    source_len: int,
     image_shape: tuple | None,
     **sizes: Any,
 ) -> ConvolutionStack:
@@ -128,7 +129,9 @@ def _convolutional(
     _one(variant, "a convolutional model has one kind of convolution, not one a layer")
     if image_shape is not None:
         raise UserError("a convolutional model reads no pictures; use another task, or model.body='transformer' or 'recurrent'")
-    return ConvolutionStack(model, convolutions=variant[0], inputs_vocab=inputs_vocab, **sizes)
+    if source_len:
+        _decodes("a convolutional model with a source", causal, per_token)
+    return ConvolutionStack(model, convolutions=variant[0], inputs_vocab=inputs_vocab, causal=causal, per_token=per_token, source_len=source_len, **sizes)
 
 
 def _pictures(
@@ -173,6 +176,11 @@ def _reader(
 def _one(variant: list[Spec], rule: str) -> None:
     if len(variant) > 1:
         raise UserError(f"[{', '.join(map(str, variant))}]: {rule}")
+
+
+def _decodes(what: str, causal: bool, per_token: bool) -> None:
+    if not (causal and per_token):
+        raise UserError(f"{what} writes its target token by token, and this task asks for none; use another model.body")
 
 
 def _needs_tokens(what: str, inputs_vocab: int) -> None:

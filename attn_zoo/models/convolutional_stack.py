@@ -1,11 +1,13 @@
 """A stack of dilated convolutions over positions, which relates far positions without recurrence and without attention.
 
 Dilations double from layer to layer and begin again after `cycle` layers, so that what an output sees grows exponentially with depth (van den Oord et al. 2016,
-WaveNet, sec. 2.1; Kalchbrenner et al. 2016, ByteNet). Where there is a source, it is read by such a stack to both sides, and the decoder stands on it: what enters at position t is the
-target's embedding plus W times the encoder's output at position t, zero where the source has ended (ByteNet, sec. 3.1, with a representation as long as the
-source: a = 1 and b = 0, sec. 3.2); whatever of the source stands elsewhere reaches it through the encoder's taps alone. A layer is a residual branch, x + W (tanh(A x) * sigmoid(G x)) with dilated convolutions A and G (WaveNet,
-eq. 2); causal, tap m of position t reads t - m dilation, else the taps lie around t. Departures: a norm before each branch and one at the end, as in the Transformer that it
-is compared with, and its embedding and readout; ByteNet's layers are other residual branches, with ReLU.
+WaveNet, sec. 2.1; Kalchbrenner et al. 2016, ByteNet). A layer is a residual branch, x + W (tanh(A x) * sigmoid(G x)) with dilated convolutions A and G (WaveNet,
+eq. 2); causal, tap m of position t reads t - m dilation, else the taps lie around t. Departures: a norm before each branch and one at the end, as in the Transformer
+that it is compared with, and its embedding and readout.
+
+Where there is a source, such a stack reads it to both sides, and the decoder stands on that (ByteNet, sec. 3.1, with a representation as long as the source: a = 1
+and b = 0, sec. 3.2): what enters at position t is the target's embedding plus W times the encoder's output at position t, zero where the source has ended. What
+stands further on in the source is seen as far as the encoder's taps reach. ByteNet's layers are other residual branches, with ReLU.
 """
 
 import dataclasses

@@ -100,7 +100,7 @@ def sample(
 ) -> tuple[Int[Array, "B L"], Float[Array, "B"]]:
     """(tokens of prompt and continuation, [B, max_len], with `pad` behind `end`; log-probability of each continuation under the model).
 
-    Prompts may differ in length: row b's is its first lengths[b] tokens, at least one. Greedy unless a temperature is given, which needs a `key`.
+    The cache is fresh, from the model's `start`. Prompts may differ in length: row b's is its first lengths[b] tokens, at least one. Greedy unless a temperature is given, which needs a `key`.
     """
     check(prompt_BP.shape[1] <= max_len, "max_len", max_len, f"must be at least the prompt's length, {prompt_BP.shape[1]}")
     _check_room(cache, max_len)
@@ -146,7 +146,7 @@ def write(model: nnx.Module, begin: int, end: int, T: int, *, source: Array, sou
 def beam_search(
     step: Step, cache: Any, prompt_BP: Int[Array, "B P"], max_len: int, *, end: int, pad: int = 0, beam: Beam = Beam()
 ) -> tuple[Int[Array, "B W L"], Float[Array, "B W"]]:
-    """(tokens of the best hypotheses, prompt included, best first [B, W, max_len]; their scores [B, W]).
+    """(tokens of the best hypotheses, prompt included, best first [B, W, max_len]; their scores [B, W]), from a fresh cache of the model's `start`.
 
     At each step every hypothesis is continued by every token; those ended by `end` among the best W leave the beam with their score, the best W others go
     on. A row's search stops when no unfinished hypothesis, at its length now, scores above the worst of W finished ones, whatever the other rows do, or at
