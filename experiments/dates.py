@@ -14,7 +14,7 @@ experiment = Experiment(
     variants=("full",),
     seq_lens=(12,),  # of the target; a source has up to 39 characters
     model=Model(D=96, layers=2, N=4, positions="sinusoidal", dropout=0.1),
-    train=Train(steps=2000, tokens_per_step=64 * 12, lr=2e-3, warmup=200, label_smoothing=0.1, eval_tokens=12_000),
+    train=Train(steps=2000, tokens_per_step=64 * 12, lr=2e-3, warmup=400, schedule="inverse_sqrt", label_smoothing=0.1, eval_tokens=12_000),
     measure=Measure(modes=("train_step",)),
     keep_parameters=True,  # for --plot_attention
 )
