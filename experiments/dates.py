@@ -3,7 +3,8 @@
     python launch.py --config=experiments/dates.py
     python launch.py --config=experiments/dates.py --variants='local(window=8), linear' --set model.where=cross
 
-100.0 % exact match in five minutes on two CPU cores (experiments/results/dates).
+The small one beside the base model of experiments/translate.py: sinusoidal positions, dropout, label smoothing and inverse-square-root decay as in Vaswani et al.
+2017. 99.7 % exact match in six minutes on two CPU cores (experiments/results/dates).
 """
 
 from attn_zoo.config import Experiment, Measure, Model, Train
