@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from attn_zoo import config
 from attn_zoo.attention.base import Paper
 from attn_zoo.models.generation import room
-from attn_zoo.models.layers import EMBEDDING_STD, NORMS, Embedding, dropout, normal
+from attn_zoo.models.layers import EMBEDDING_STD, NORMS, Embedding, check_source, dropout, normal, read_out, ties
 from attn_zoo.models.transformer import pool, split_key
 from attn_zoo.spec import Spec, Unsupported, UserError, check, check_int
 
@@ -147,9 +147,7 @@ class ConvolutionStack(nnx.Module):
         rngs: nnx.Rngs,
     ):
         options = convolutions.resolve("convolution", Options)
-        self.tied = model.tie_embeddings and per_token
-        if self.tied and num_outputs > inputs_vocab:
-            raise UserError(f"tie_embeddings=True: {num_outputs} outputs cannot be read out with {inputs_vocab} input embeddings; use tie_embeddings=False")
+        self.tied = ties(model.tie_embeddings, per_token, num_outputs, inputs_vocab)
         dtype = jnp.dtype(model.dtype)
         self.config, self.max_len, self.source_len = model, max_len, source_len
         self.num_outputs, self.per_token, self.causal = num_outputs, per_token, causal
@@ -188,8 +186,7 @@ class ConvolutionStack(nnx.Module):
 
     def encode(self, source: Array, source_valid: Array | None, T: int, key: Array | None = None) -> Float[Array, "B T D"]:
         """What of the source enters at each of T positions of the target."""
-        if source.shape[1] > self.source_len:
-            raise UserError(f"a source of {source.shape[1]} is over source_len={self.source_len} that this model was built for")
+        check_source(source, self.source_len)
         memory_BSD = self.encoder(source, valid_BS=source_valid, key=key)[:, :T] @ self.bridge[...].astype(self.embedding.dtype)
         return jnp.pad(memory_BSD, ((0, 0), (0, T - memory_BSD.shape[1]), (0, 0)))
 
@@ -212,8 +209,7 @@ class ConvolutionStack(nnx.Module):
         return self._read_out(self.final_norm(x_BD)), new
 
     def _read_out(self, features: Array) -> Array:
-        readout_VD = self.embedding.tokens[: self.num_outputs] if self.tied else self.readout[...]
-        return jnp.einsum("...D,VD->...V", features, readout_VD.astype(features.dtype), preferred_element_type=jnp.float32)
+        return read_out(features, self.embedding.tokens[: self.num_outputs] if self.tied else self.readout[...])
 
     def attentions(self, T: int) -> list:
         """None of the zoo's."""

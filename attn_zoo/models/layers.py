@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
+from attn_zoo.spec import UserError
+
 EMBEDDING_STD = 0.02
 
 
@@ -32,6 +34,25 @@ def dropout(x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None) -> 
         return x
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+def ties(tie_embeddings: bool, per_token: bool, num_outputs: int, inputs_vocab: int) -> bool:
+    """Whether tokens are read out with the embeddings of the inputs. Raises UserError where these are too few."""
+    tied = tie_embeddings and per_token
+    if tied and num_outputs > inputs_vocab:
+        raise UserError(f"tie_embeddings=True: {num_outputs} outputs cannot be read out with {inputs_vocab} input embeddings; use tie_embeddings=False")
+    return tied
+
+
+def read_out(features: Float[Array, "... D"], readout_VD: Float[Array, "V D"]) -> Float[Array, "... V"]:
+    """Float32 logits."""
+    return jnp.einsum("...D,VD->...V", features, readout_VD.astype(features.dtype), preferred_element_type=jnp.float32)
+
+
+def check_source(source: Array, source_len: int) -> None:
+    """Raises UserError for a source longer than a model was built for."""
+    if source.shape[1] > source_len:
+        raise UserError(f"a source of {source.shape[1]} is over source_len={source_len} that this model was built for")
 
 
 class LayerNorm(nnx.Module):

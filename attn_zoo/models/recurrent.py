@@ -21,7 +21,7 @@ from attn_zoo import config
 from attn_zoo.attention import VARIANTS
 from attn_zoo.attention.base import Loss, Paper, ScoreFunction, Statistic, leave
 from attn_zoo.attention.hard import Options as HardOptions
-from attn_zoo.models.layers import EMBEDDING_STD, dropout, normal
+from attn_zoo.models.layers import EMBEDDING_STD, check_source, dropout, normal, read_out
 from attn_zoo.models.pictures import ConvolutionEncoder, cells_of
 from attn_zoo.models.transformer import split_key
 from attn_zoo.spec import Spec, UserError, check, check_int
@@ -326,8 +326,7 @@ class Recurrent(nnx.Module):
         if self.reads_picture:
             memory_BSD = self.encoder(source, key=key)
             return memory_BSD, memory_BSD.mean(axis=1)
-        if source.shape[1] > self.source_len:
-            raise UserError(f"a source of {source.shape[1]} is over source_len={self.source_len} that this model was built for")
+        check_source(source, self.source_len)
         return self.encoder(source, valid_BS=source_valid, key=key)
 
     def start(self, B: int, max_len: int, *, source: Array, source_valid: Array | None = None, key: Array | None = None) -> dict[str, Any]:
@@ -390,7 +389,7 @@ class Recurrent(nnx.Module):
             leave(self, name, value)
 
     def _read_out(self, features):
-        return jnp.einsum("...D,VD->...V", features, self.readout[...].astype(features.dtype), preferred_element_type=jnp.float32)
+        return read_out(features, self.readout[...])
 
     def attentions(self, T: int) -> list:
         """None of the zoo's."""

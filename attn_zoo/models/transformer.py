@@ -19,7 +19,7 @@ from attn_zoo import config
 from attn_zoo.attention import make_attention, parse_variant
 from attn_zoo.attention.base import Attention, Cache
 from attn_zoo.models.generation import room
-from attn_zoo.models.layers import EMBEDDING_STD, NORMS, Embedding, FeedForward, default_ffn_dim, dropout, normal
+from attn_zoo.models.layers import EMBEDDING_STD, NORMS, Embedding, FeedForward, check_source, default_ffn_dim, dropout, normal, read_out, ties
 from attn_zoo.models.multi_head import MultiHeadAttention
 from attn_zoo.models.pictures import ConvolutionEncoder, cells_of
 from attn_zoo.models.remat import rematerialized
@@ -161,11 +161,7 @@ class Transformer(nnx.Module):
         image_shape: tuple[int, int, int] | None = None,
         rngs: nnx.Rngs,
     ):
-        self.tied = model.tie_embeddings and per_token
-        if self.tied and num_outputs > inputs_vocab:
-            raise UserError(
-                f"tie_embeddings=True: {num_outputs} outputs cannot be read out with {inputs_vocab} input embeddings; use tie_embeddings=False"
-            )
+        self.tied = ties(model.tie_embeddings, per_token, num_outputs, inputs_vocab)
         if len(variant) > model.layers:
             raise UserError(f"[{', '.join(map(str, variant))}] lists {len(variant)} layers, but layers={model.layers}; list at most {model.layers}")
         self.config = model
@@ -255,8 +251,7 @@ class Transformer(nnx.Module):
         """The memory that the decoder reads."""
         if self.reads_picture:
             return self.encoder(source, key=key)
-        if source.shape[1] > self.source_len:
-            raise UserError(f"a source of {source.shape[1]} is over source_len={self.source_len} that this model was built for")
+        check_source(source, self.source_len)
         return self.encoder(source, valid_BS=source_valid, key=key)
 
     def start(self, B: int, max_len: int, *, source: Array | None = None, source_valid: Array | None = None) -> Cache:
@@ -308,8 +303,7 @@ class Transformer(nnx.Module):
         return float(B * (width * (T * kept_by_blocks(c, c.layers, cross=self.source_len > 0) + encoder) + logits))
 
     def _read_out(self, features: Array) -> Array:
-        readout_VD = self.embedding.tokens[: self.num_outputs] if self.tied else self.readout[...]
-        return jnp.einsum("...D,VD->...V", features, readout_VD.astype(features.dtype), preferred_element_type=jnp.float32)
+        return read_out(features, self.embedding.tokens[: self.num_outputs] if self.tied else self.readout[...])
 
 
 def pool(x_BTD: Float[Array, "B T D"], valid_BT: Bool[Array, "B T"] | None, kind: str) -> Float[Array, "B D"]:
