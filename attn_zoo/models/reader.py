@@ -92,7 +92,7 @@ class Reader(nnx.Module):
         valid_BT: Bool[Array, "B T"] | None = None,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B V"]:
-        """Float32 logits, with which a softmax gives P; without `candidates`, every word of the document is one. `key` is this call's dropout."""
+        """log P, float32; without `candidates`, every word of the document is one. `key` is this call's dropout."""
         valid_BS = jnp.ones(source.shape, bool) if source_valid is None else source_valid
         valid_BT = jnp.ones(inputs_BT.shape, bool) if valid_BT is None else valid_BT
         candidates_BS = valid_BS if candidates is None else candidates & valid_BS
@@ -101,7 +101,7 @@ class Reader(nnx.Module):
         q_BTD, g_BD = (dropout(x, self.config.dropout, out_keys[0]).astype(jnp.float32) for x in (q_BTD, g_BD))
         if not self.looks:
             offered_BV = jnp.zeros((len(source), self.vocab), bool).at[jnp.arange(len(source))[:, None], source].max(candidates_BS)
-            return jnp.where(offered_BV, g_BD @ self.query.tokens[...].T, ABSENT)
+            return log_softmax_among(g_BD @ self.query.tokens[...].T, offered_BV)
         d_BSD, _ = self.document(source, valid_BS=valid_BS, key=document_key)
         d_BSD = dropout(d_BSD, self.config.dropout, out_keys[1]).astype(jnp.float32)
         if self.variant.name == "attention_sum":
@@ -146,11 +146,17 @@ def log_attended(
 
 
 def log_sum_by_word(log_s_BS: Float[Array, "B S"], words_BS: Int[Array, "B S"], places_BS: Bool[Array, "B S"], vocab: int) -> Float[Array, "B V"]:
-    """For each word the logarithm of the sum of s over those of `places` where it stands, or ABSENT. Cui et al. 2017, eq. 11."""
+    """For each word the logarithm of the sum of s over those of `places` where it stands, as a share of that over all of them, or ABSENT. Cui et al. 2017, eq. 11."""
     rows_B1 = jnp.arange(len(words_BS))[:, None]
     log_s_BS = jnp.where(places_BS, log_s_BS, NEG)
     greatest_BV = jnp.full((len(words_BS), vocab), NEG).at[rows_B1, words_BS].max(jax.lax.stop_gradient(log_s_BS))
     shares_BS = jnp.where(places_BS, jnp.exp(log_s_BS - greatest_BV[rows_B1, words_BS]), 0.0)
     sums_BV = jnp.zeros_like(greatest_BV).at[rows_B1, words_BS].add(shares_BS)
     present_BV = sums_BV > 0  # then at least 1, the share of the greatest
-    return jnp.where(present_BV, greatest_BV + jnp.log(jnp.where(present_BV, sums_BV, 1.0)), ABSENT)
+    return log_softmax_among(greatest_BV + jnp.log(jnp.where(present_BV, sums_BV, 1.0)), present_BV)
+
+
+def log_softmax_among(scores_BV: Float[Array, "B V"], offered_BV: Bool[Array, "B V"]) -> Float[Array, "B V"]:
+    """log P of the words offered, and ABSENT of the others. Normalized here, since label smoothing would else push down all that is offered."""
+    scores_BV = jnp.where(offered_BV, scores_BV, NEG)
+    return jnp.where(offered_BV, scores_BV - jax.nn.logsumexp(scores_BV, axis=1, keepdims=True), ABSENT)

@@ -42,8 +42,9 @@ DOCSTRINGS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 class Options:
     """`document` and `query` are how many words they may have, `vocab` the number of ids.
 
-    Of the words that are not among the vocab - 3 - unknowns most frequent ones of training, an example's first `unknowns` get ids of their own,
-    the answer's always, in an order drawn anew for every example, as of the entities in Hermann et al.; further ones share one id.
+    Of the words that are not among the vocab - 3 - unknowns most frequent ones of training, an example's first `unknowns` get ids of their own, in an order drawn
+    anew for every example, as of the entities in Hermann et al.; further ones share one id. Candidates come first, and all of them must get one: that a
+    word had none would tell that it is not the answer.
     """
 
     document: int = 256
@@ -102,9 +103,20 @@ class Cloze(RecordTask):
         words = prepared.cached_json(self.builder, "words", by_frequency)[: self.options.vocab - first]
         return {BLANK_WORD: BLANK, **{word: first + i for i, word in enumerate(words)}}
 
+    @functools.cached_property
+    def most_unknown_candidates(self) -> int:
+        """The greatest number of candidates without an id in the vocabulary that one example has."""
+
+        def count():
+            unknown = lambda record: {word for word, is_candidate in zip(_words(record["document"]), record["candidates"]) if is_candidate} - self.vocabulary.keys()
+            return max(len(unknown(record)) for split in prepared.SPLITS for record in self._records(split))
+
+        return prepared.cached_json(self.builder, f"most_unknown_candidates_{len(self.vocabulary)}", count)
+
     def prepare(self) -> None:
         super().prepare()
-        self.vocabulary  # cached on disk
+        unknowns, most = self.options.unknowns, self.most_unknown_candidates
+        check(most <= unknowns, "unknowns", unknowns, f"must be at least {most}, the most candidates outside the vocabulary that one example has")
 
     def train_example(self, record: dict[str, Any], rng: np.random.Generator) -> Example:
         return self._example(record, rng.permutation(self.options.unknowns))
@@ -117,8 +129,8 @@ class Cloze(RecordTask):
     def _example(self, record: dict[str, Any], order: np.ndarray) -> Example:
         document, query, answer = (_words(record[name]) for name in ("document", "query", "answer"))
         ids = self.vocabulary
-        # The answer comes first, so that it is among those that get an id.
-        unknown = dict.fromkeys(word for word in (*answer, *document, *query) if word not in ids)
+        offered = (word for word, is_candidate in zip(document, record["candidates"]) if is_candidate)  # first, so that they are among those that get an id
+        unknown = dict.fromkeys(word for word in (*offered, *document, *query) if word not in ids)
         own = {word: RESERVED + int(i) for word, i in zip(unknown, order)}
         number = lambda words, n: _padded([ids.get(word) or own.get(word, UNKNOWN) for word in words], np.int32, n)
         return {
@@ -243,8 +255,11 @@ class ClozeBuilder(prepared.Builder):
     """Sentences from docstrings with an identifier taken out, and the text around them."""
 
     name = "cloze"
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "Split 90 / 5 / 5 by the SHA-256 of the file's relative path; of sentences that recur, the first stays."}
+    VERSION = tfds.core.Version("1.1.0")
+    RELEASE_NOTES = {
+        "1.0.0": "Split 90 / 5 / 5 by the SHA-256 of the file's relative path; of questions that recur, the first stays.",
+        "1.1.0": "No sentence is asked about that stands in a file of an earlier split, whichever word was blanked there, or none.",
+    }
 
     def features(self):
         texts = {name: tfds.features.Text() for name in ("document", "query", "answer")}
@@ -252,17 +267,17 @@ class ClozeBuilder(prepared.Builder):
 
     @functools.cached_property
     def examples(self) -> dict[str, list[dict[str, Any]]]:
-        """By split, training first: what it has is not evaluated."""
+        """By split, training first: what has been read there is not evaluated."""
         corpus, document, query = self.builder_config.options
-        seen, examples = set(), {}
+        read, examples = set(), {}
         for split in prepared.SPLITS:
-            rows = []
-            for path in corpus.paths:
-                if prepared.split_of(path) == split:
-                    for row in clozes(read_text(Path(corpus.root, path).read_bytes()), document, query):
-                        if (row["query"], row["answer"]) not in seen:
-                            seen.add((row["query"], row["answer"]))
-                            rows.append(row)
+            texts = [read_text(Path(corpus.root, path).read_bytes()) for path in corpus.paths if prepared.split_of(path) == split]
+            questions = {}
+            for row in (row for text in texts for row in clozes(text, document, query)):
+                if row["query"].replace(BLANK_WORD, row["answer"]) not in read:
+                    questions.setdefault((row["query"], row["answer"]), row)
+            read.update(" ".join(text.words[start:stop]) for text in texts for start, stop in text.sentences)
+            rows = list(questions.values())
             # Evaluation takes the first ones, which should not be of a few files.
             examples[split] = [rows[i] for i in np.random.RandomState(0).permutation(len(rows))]
         missing = [split for split in prepared.SPLITS if not examples[split]]

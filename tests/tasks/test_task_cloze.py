@@ -170,11 +170,16 @@ def test_training_draws_the_ids_of_unknown_words_anew(make_task):
     assert [renamed[i] for i in first.tolist()] == other.tolist() and len(set(renamed.values())) == len(renamed)
 
 
-def test_more_unknown_words_than_ids_share_one_but_never_the_answer(make_task):
-    task = make_task("cloze(document=40, query=24, vocab=5, unknowns=1)", 28)
-    for batch in task.eval_batches(1, 10**6):
-        assert batch["targets"][0] in (RESERVED, RESERVED + 1) and (batch["source"][0] == UNKNOWN).any()
+def test_more_unknown_words_than_ids_share_one_but_no_candidate_does(make_task):
+    with pytest.raises(UserError, match="unknowns=1: must be at least ([0-9]+), the most candidates") as error:
+        make_task("cloze(document=40, query=24, vocab=5, unknowns=1)", 28).prepare()
+    least = int(re.search("at least ([0-9]+)", str(error.value))[1])
+    task = make_task(f"cloze(document=40, query=24, vocab={4 + least}, unknowns={least})", 28)
+    batches = list(task.eval_batches(1, 10**6))
+    for batch in batches:
+        assert RESERVED <= batch["targets"][0] < RESERVED + least + 1 and not (batch["candidates"] & (batch["source"] == UNKNOWN)).any()
         assert (batch["source"][0] == batch["targets"][0]).any()
+    assert any((batch["source"] == UNKNOWN).any() for batch in batches)
 
 
 def test_floors_by_brute_force(task):
@@ -204,6 +209,16 @@ def test_floors_by_brute_force(task):
 def test_the_standard_library_asks_questions():
     rows = list(clozes(read_text(Path(json.decoder.__file__).read_bytes()), 256, 48))
     assert len(rows) >= 5 and {"object_hook", "dict"} & {row["answer"] for row in rows}
+
+
+def test_what_a_file_of_an_earlier_split_says_is_not_asked(tmp_path, data_dir):
+    """Every file has the same sentence, with one of two identifiers offered beside it, and one of its own."""
+    for i in range(120):
+        offered = "alpha" if i % 2 else "beta"
+        (tmp_path / f"module_{i}.py").write_text(f'"""The alpha and the beta are one .\n\nSee {offered} or own_{i} .\n\nNow own_{i} is {offered} here ."""\nalpha = beta = own_{i} = 0')
+    task = Cloze(Cloze.Options(unknowns=4, vocab=64), 48, data_dir, root=str(tmp_path))
+    shared = {split: {row["query"] for row in records(task, split) if row["query"].startswith("The ")} for split in SPLITS}
+    assert shared == {"train": {"The [BLANK] and the beta are one .", "The alpha and the [BLANK] are one ."}, "validation": set(), "test": set()}
 
 
 def test_a_corpus_without_a_question_is_refused(tmp_path, data_dir):
