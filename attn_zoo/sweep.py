@@ -24,7 +24,7 @@ from attn_zoo.ops.backends import check_backend
 from attn_zoo.parameters import parameters_path
 from attn_zoo.progress import Display
 from attn_zoo.results import load_records, load_sweep, record_path, write_record
-from attn_zoo.spec import UserError, check
+from attn_zoo.spec import UserError
 from attn_zoo.tasks import Task, load_task
 
 FAILED = ("error", "timeout")  # statuses that make a sweep exit with 1; oom, nan and unsupported are results
@@ -34,16 +34,16 @@ SHARED = ("name", "task", "model", "attention", "train", "measure")  # what all 
 def cells(experiment: Experiment, data_dir: str) -> list[Cell]:
     """Length by length, every variant, every seed; with variants in canonical form. Raises UserError for anything no cell could run with."""
     entries = [entry for text in experiment.variants for entry in read_variants(text, experiment.model)]
-    for entry in entries:
-        listed, layers = len(entry.specs), entry.model.layers
-        check(listed <= layers, "variants", entry.text, f"lists {listed} layers, but {'model.' * (entry.model == experiment.model)}layers={layers}")
-    check_backend(experiment.attention.backend)
+    backend = experiment.attention.backend
+    check_backend(backend)
+    if backend not in ("auto", "xla") and not any(entry.body.has_backends for entry in entries):
+        raise UserError(f"attention.backend={backend!r} serves attention of the zoo, of which there is none in {', '.join(entry.text for entry in entries)}; use auto or xla")
     tasks = [load_task(experiment.task, T, data_dir) for T in experiment.seq_lens]
     shared = {name: getattr(experiment, name) for name in ("task", "model", "attention", "train", "measure")}
     every = [Cell(entry.text, T, seed, **shared) for T in experiment.seq_lens for entry in entries for seed in experiment.seeds]
-    for entry in {entry.model: entry for entry in entries}.values():
+    for entry in {(entry.model, len(entry.specs)): entry for entry in entries}.values():
         for task in tasks:
-            _check_model(entry, every[0], task, named=entry.model != experiment.model)
+            _check_model(entry, every[0], task, named=entry.model != experiment.model or len(entry.specs) > 1)
     return list(dict.fromkeys(every))
 
 
@@ -52,7 +52,8 @@ def _check_model(entry: Entry, cell: Cell, task: Task, named: bool) -> None:
 
     Nothing here starts the accelerator, which belongs to the cells.
     """
-    plain = dataclasses.replace(cell, variant=entry.body.plainest, seq_len=task.seq_len, model=dataclasses.replace(entry.model, remat=False), attention=Attention())
+    plainest = f"[{', '.join([entry.body.plainest] * len(entry.specs))}]"
+    plain = dataclasses.replace(cell, variant=plainest, seq_len=task.seq_len, model=dataclasses.replace(entry.model, remat=False), attention=Attention())
     try:
         train.Model(plain, task)
     except UserError as e:

@@ -261,7 +261,7 @@ def test_what_cannot_be_a_sweep_is_refused(arguments, message, call, tmp_path, m
         (["--variants=local("], "cannot read 'local('"),
         (["--variants=local(**{'window': 3})"], "local"),
         (["--variants="], "cannot read ''"),
-        (["--variants=[full, linear]"], "lists 2 layers, but model.layers=1"),
+        (["--variants=[full, linear]"], "[full, linear]: a list of 2 variants, where layers=1"),
         (["--seq_lens=512,many"], "--seq_lens: 'many' is not a whole number"),
         (["--seq_lens=1"], "seq_lens=1: must be a whole number of at least 2"),
         (["--seq_lens="], "seq_lens=(): must not be empty"),

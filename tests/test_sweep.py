@@ -52,7 +52,7 @@ def test_one_meaning_is_one_cell(tmp_path):
     [
         ({"variants": ("ful",)}, "there is no attention variant 'ful'; did you mean 'full'?"),
         ({"variants": ("local(windw=3)",)}, "did you mean 'window'?"),
-        ({"variants": ("[full, full]",)}, "lists 2 layers, but model.layers=1"),
+        ({"variants": ("[full, full]",)}, "[full, full]: a list of 2 variants, where layers=1"),
         ({"attention": dataclasses.replace(CELL.attention, backend="xls")}, "did you mean 'xla'?"),
         ({"task": "byte"}, "there is no task 'byte'; did you mean 'bytes'?"),
         ({"task": "bytes(objective='mask')"}, "did you mean 'masked'?"),
@@ -61,7 +61,8 @@ def test_one_meaning_is_one_cell(tmp_path):
         ({"task": "cloze", "variants": ("recurrent(additive)",), "seq_lens": (48,)}, "a recurrent model writes its target token by token"),
         ({"task": "cloze", "variants": ("convolutional(dilated)",), "seq_lens": (48,)}, "a convolutional model with a source writes its target token by token"),
         ({"task": "shapes(objective='same')", "variants": ("convnet(full, D=8, layers=3)",), "seq_lens": (256, 1024, 16)}, "must be the cells of a grid that the network has"),
-        ({"variants": ("full", "transformer(full, full, D=8)")}, "lists 2 layers, but layers=1"),
+        ({"variants": ("full", "transformer(full, full, D=8)")}, "a list of 2 variants, where layers=1"),
+        ({"task": "dates", "variants": ("recurrent(additive)",), "attention": dataclasses.replace(CELL.attention, backend="cudnn")}, "'cudnn' serves attention of the zoo, of which there is none"),
         ({"model": dataclasses.replace(CELL.model, body="reader"), "variants": ("attention_sum",)}, "use the task cloze"),
         ({"model": dataclasses.replace(CELL.model, where=("cross",))}, "this model has no such place"),
     ],

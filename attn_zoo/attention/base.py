@@ -123,7 +123,7 @@ class Attention(nnx.Module):
     shares_query_key = False  # True: the layer makes no key projection, and keys are the queries
     pools_queries = False  # True: an output depends on other queries too; invalid ones arrive as zeros, and `attend` takes valid_BT
     has_parts = False  # True: softmax attention is computed by `part` alone, and every backend that gives a logsumexp serves
-    anywhere = False  # True: without a causal mask, an output does not depend on the position of its query
+    anywhere = False  # True: without a causal mask, permuted queries give permuted outputs, so that a decoder may ask one at a time
 
     def __init__(self, options: Any, dims: Dims):
         self.options = options
@@ -164,15 +164,27 @@ class Attention(nnx.Module):
         """Whether an output depends on no query but its own, as cross-attention in a decoder must."""
         return not self.pools_queries
 
+    @property
+    def cross(self) -> bool | str:
+        """Whether it can attend from one sequence to another: True, or the reason why not."""
+        return self.variant.cross
+
+    def check_cross(self) -> None:
+        """Raises Unsupported for what cannot attend from a decoder to an encoder, of whatever lengths."""
+        if self.cross is not True:
+            raise Unsupported(f"{self.variant.name} cannot attend across sequences: {self.cross}")
+        if not self.rowwise:
+            raise Unsupported(f"{self.variant.name} cannot attend from a decoder to an encoder: an output depends on the other queries, later targets among them")
+
     def init_cache(self, B: int, max_len: int) -> Cache:
         """The state before the first of at most `max_len` steps. Raises Unsupported unless the attention is causal.
 
-        This one, for variants without an incremental form, keeps all queries, keys and values.
+        This one, for variants without an incremental form, keeps all queries, keys (unless these are the queries) and values.
         """
         self.check_decoding(max_len)
         d = self.dims
-        arrays = {name: jnp.zeros((B, max_len, heads, d.head_dim), d.dtype) for name, heads in (("q", d.num_heads), ("k", d.num_kv_heads), ("v", d.num_kv_heads))}
-        return arrays | {"t": jnp.zeros((), jnp.int32)}
+        heads = {"q": d.num_heads} | ({} if self.shares_query_key else {"k": d.num_kv_heads}) | {"v": d.num_kv_heads}
+        return {name: jnp.zeros((B, max_len, n, d.head_dim), d.dtype) for name, n in heads.items()} | {"t": jnp.zeros((), jnp.int32)}
 
     def step(
         self, q_B1NH: Float[Array, "B 1 N H"], k_B1KH: Float[Array, "B 1 K H"], v_B1KH: Float[Array, "B 1 K H"], cache: Cache
@@ -182,16 +194,18 @@ class Attention(nnx.Module):
         This one feeds the sequence again, as far as it goes.
         """
         t = cache["t"]
-        q, k, v = (jax.lax.dynamic_update_slice_in_dim(cache[name], x.astype(cache[name].dtype), t, 1) for name, x in (("q", q_B1NH), ("k", k_B1KH), ("v", v_B1KH)))
+        given = {"q": q_B1NH, "k": k_B1KH, "v": v_B1KH}
+        fed = {name: jax.lax.dynamic_update_slice_in_dim(cache[name], x.astype(cache[name].dtype), t, 1) for name, x in given.items() if name in cache}
+        q = fed["q"]
         valid_BT = jnp.broadcast_to(jnp.arange(q.shape[1]) <= t, q.shape[:2])
-        o_BTNH = self(q, k, v, valid_BS=valid_BT)
-        return jax.lax.dynamic_slice_in_dim(o_BTNH, t, 1, 1), {"q": q, "k": k, "v": v, "t": t + 1}
+        o_BTNH = self(q, fed.get("k", q), fed["v"], valid_BS=valid_BT)
+        return jax.lax.dynamic_slice_in_dim(o_BTNH, t, 1, 1), fed | {"t": t + 1}
 
     def init_cross_cache(self, k_BSKH: Float[Array, "B S K H"], v_BSKH: Float[Array, "B S K H"], max_len: int, *, valid_BS: Bool[Array, "B S"] | None = None) -> Cache:
-        """The state of cross-attention from at most `max_len` queries, one after the other, to these keys. Raises Unsupported for what is not `rowwise`."""
-        if not self.rowwise:
-            raise Unsupported(f"{self.variant.name} cannot attend from a decoder to an encoder: an output depends on the other queries, those after it among them")
+        """The state of cross-attention from at most `max_len` queries, one after the other, to these keys. Raises Unsupported as `check_cross`."""
+        self.check_cross()
         valid_BS = jnp.ones(k_BSKH.shape[:2], bool) if valid_BS is None else valid_BS
+        k_BSKH, v_BSKH = (jnp.where(valid_BS[:, :, None, None], x, 0) for x in (k_BSKH, v_BSKH))  # as in a call
         cache = {"k": k_BSKH, "v": v_BSKH, "valid": valid_BS, "t": jnp.zeros((), jnp.int32)}
         d = self.dims
         return cache if self.anywhere else cache | {"q": jnp.zeros((len(k_BSKH), max_len, d.num_heads, d.head_dim), d.dtype)}
@@ -257,8 +271,8 @@ class Attention(nnx.Module):
             raise UserError(f"built for N={d.num_heads}, K={d.num_kv_heads}, H={d.head_dim}; got q {q_BTNH.shape}, k {k_BSKH.shape}")
         if max(T, S) > d.max_len:
             raise UserError(f"length {max(T, S)} is over max_len={d.max_len} that this attention was built for")
-        if T != S and self.variant.cross is not True:
-            raise Unsupported(f"{self.variant.name} cannot attend across sequences (T={T}, S={S}): {self.variant.cross}")
+        if T != S and self.cross is not True:
+            raise Unsupported(f"{self.variant.name} cannot attend across sequences (T={T}, S={S}): {self.cross}")
         self.backend(masked=valid_BS is not None)
         if self.pools_queries:
             valid_BT = valid_BS if valid_BT is None and T == S else valid_BT

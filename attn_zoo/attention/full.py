@@ -23,6 +23,8 @@ def pattern(causal: bool) -> Pattern:
 class Full(PatternAttention):
     """The field's baseline."""
 
+    anywhere = True
+
     def pattern(self, T, S):
         return pattern(self.dims.causal)
 

@@ -83,6 +83,17 @@ class GlobalWindow(PatternAttention):
             o_B1NH = jnp.where(t < self.options.globals, softmax_row(scores, v, o_B1NH.dtype)[0], o_B1NH)
         return o_B1NH, cache | {"t": t + 1}
 
+    def init_cross_cache(self, k_BSKH, v_BSKH, max_len, *, valid_BS=None):
+        cache = super().init_cross_cache(k_BSKH, v_BSKH, max_len, valid_BS=valid_BS)
+        return cache | dict(zip(("global_k", "global_v"), self.mapped_keys(cache["k"], cache["v"]))) if self.separate else cache
+
+    def cross_step(self, q_B1NH, cache):
+        o_B1NH, after = super().cross_step(q_B1NH, cache)
+        if self.separate:
+            scores = jnp.where(cache["valid"][:, None], score_row(turn(q_B1NH, self.query_map), cache["global_k"]), -jnp.inf)
+            o_B1NH = jnp.where(cache["t"] < self.options.globals, softmax_row(scores, cache["global_v"], o_B1NH.dtype)[0], o_B1NH)
+        return o_B1NH, after
+
     @property
     def global_pattern(self) -> Pattern:
         """What a global query sees."""
@@ -90,8 +101,16 @@ class GlobalWindow(PatternAttention):
 
     def mapped(self, q_BTNH, k_BSKH, v_BSKH):
         """Global queries, and all keys and values, in the projections of global attention."""
-        turn = lambda x, m: jnp.einsum("BTNH,NHJ->BTNJ", x, m[...].astype(x.dtype), precision="highest")
-        return turn(q_BTNH[:, : self.options.globals], self.query_map), turn(k_BSKH, self.key_map), turn(v_BSKH, self.value_map)
+        return turn(q_BTNH[:, : self.options.globals], self.query_map), *self.mapped_keys(k_BSKH, v_BSKH)
+
+    def mapped_keys(self, k_BSKH, v_BSKH):
+        """(keys, values) in the projections of global attention."""
+        return turn(k_BSKH, self.key_map), turn(v_BSKH, self.value_map)
+
+
+def turn(x_BTNH, m_NHJ):
+    """Each head by its matrix."""
+    return jnp.einsum("BTNH,NHJ->BTNJ", x_BTNH, m_NHJ[...].astype(x_BTNH.dtype), precision="highest")
 
 
 def flops(options: Options, B: int, T: int, S: int, N: int, H: int, causal: bool) -> float:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from attn_zoo.attention.base import Attention, Bound, Paper, Variant, repeat_kv
 from attn_zoo.ops import backends
-from attn_zoo.ops.linear import init_state, linear_attention, state_step, with_ones
+from attn_zoo.ops.linear import init_state, linear_attention, read_state, state_step, with_ones
 from attn_zoo.spec import check, check_choice, check_int
 
 
@@ -74,9 +74,25 @@ class KernelDecoding(Attention):
     def step(self, q_B1NH, k_B1KH, v_B1KH, cache):
         phi_q, phi_k = self.features_at(q_B1NH, k_B1KH, cache["t"])
         sums_B1NR, state = state_step(phi_q, phi_k, with_ones(v_B1KH), cache["state"])
+        return self.averages(sums_B1NR, q_B1NH.dtype), {"state": state, "t": cache["t"] + 1}
+
+    def init_cross_cache(self, k_BSKH, v_BSKH, max_len, *, valid_BS=None):
+        """The state after all keys, which every query reads alike."""
+        keys = super().init_cross_cache(k_BSKH, v_BSKH, max_len, valid_BS=valid_BS)
+        d = self.dims
+        phi_k = self.features_at(jnp.zeros((len(k_BSKH), 1, d.num_heads, d.head_dim), d.dtype), keys["k"], 0)[1]
+        phi_k = jnp.where(keys["valid"][:, :, None, None], phi_k, 0)
+        return {"state": jnp.einsum("BSKR,BSKH->BKRH", phi_k, with_ones(keys["v"]), preferred_element_type=jnp.float32), "t": keys["t"]}
+
+    def cross_step(self, q_B1NH, cache):
+        d = self.dims
+        phi_q, _ = self.features_at(q_B1NH, jnp.zeros((len(q_B1NH), 1, d.num_kv_heads, d.head_dim), d.dtype), cache["t"])
+        return self.averages(read_state(phi_q, cache["state"]), q_B1NH.dtype), cache | {"t": cache["t"] + 1}
+
+    def averages(self, sums_B1NR, dtype):
+        """Weighted sums over the sums of weights, which stand last; zero where these are."""
         o_B1NH, norm_B1N1 = sums_B1NR[..., :-1], sums_B1NR[..., -1:]
-        o_B1NH = jnp.where(norm_B1N1 == 0, 0.0, o_B1NH / jnp.where(norm_B1N1 == 0, 1.0, norm_B1N1))
-        return o_B1NH.astype(q_B1NH.dtype), {"state": state, "t": cache["t"] + 1}
+        return jnp.where(norm_B1N1 == 0, 0.0, o_B1NH / jnp.where(norm_B1N1 == 0, 1.0, norm_B1N1)).astype(dtype)
 
 
 class Linear(KernelDecoding):

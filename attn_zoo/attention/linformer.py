@@ -49,6 +49,8 @@ def taps(options: Options, max_len: int) -> int:
 class Linformer(Attention):
     """Attention to `rank` projected slots."""
 
+    anywhere = True
+
     def __init__(self, options: Options, dims, *, shared: dict, rngs: nnx.Rngs):
         super().__init__(options, dims)
         if options.projection == "pool":

@@ -103,6 +103,8 @@ def fields(options: Options, S: int):
 class MemoryCompressed(Attention):
     """Attention to convolved keys and values."""
 
+    anywhere = True
+
     def __init__(self, options: Options, dims, *, shared: dict, rngs: nnx.Rngs):
         super().__init__(options, dims)
         shape = (options.kernel, dims.num_kv_heads, dims.head_dim, dims.head_dim)

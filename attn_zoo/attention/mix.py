@@ -68,6 +68,10 @@ class Mix(Attention):
         return all(part.rowwise for part in self.parts)
 
     @property
+    def cross(self):
+        return next((f"{part.variant.name}: {part.cross}" for part in self.parts if part.cross is not True), True)
+
+    @property
     def anywhere(self):
         return all(part.anywhere for part in self.parts)
 

@@ -1,11 +1,12 @@
 """The common form of the variants that are a Pattern: softmax attention over the pairs that a function of indices shows."""
 
+import jax.numpy as jnp
 import numpy as np
 
 from attn_zoo.attention.base import Attention, Dims, softmax_reference
 from attn_zoo.ops import backends
 from attn_zoo.ops.patterns import Pattern, block_mask, count_pairs
-from attn_zoo.ops.slots import Slots, attend_slots, init_slots, plan_slots, put
+from attn_zoo.ops.slots import Slots, attend_slots, init_slots, plan_slots, put, score_row, softmax_row
 
 
 class SlotDecoding(Attention):
@@ -52,6 +53,17 @@ class PatternAttention(SlotDecoding):
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         T, S = q_BTNH.shape[1], k_BSKH.shape[1]
         return softmax_reference(q_BTNH, k_BSKH, v_BSKH, dense_mask(self.pattern(T, S), T, S, valid_BS))
+
+    def init_cross_cache(self, k_BSKH, v_BSKH, max_len, *, valid_BS=None):
+        """The keys and values: what one query sees of them is a row of the pattern."""
+        cache = super().init_cross_cache(k_BSKH, v_BSKH, max_len, valid_BS=valid_BS)
+        return {name: x for name, x in cache.items() if name != "q"}
+
+    def cross_step(self, q_B1NH, cache):
+        t, S = cache["t"], cache["k"].shape[1]
+        seen_BS = self.pattern(self.dims.max_len, S).mask(t, jnp.arange(S)) & cache["valid"]
+        o_B1NH, _ = softmax_row(jnp.where(seen_BS[:, None], score_row(q_B1NH, cache["k"]), -jnp.inf), cache["v"], q_B1NH.dtype)
+        return o_B1NH, cache | {"t": t + 1}
 
     def backend(self, masked=False):
         return backends.choose(self.dims.backend, self.pattern(1, 1), self.dims.dtype, self.dims.head_dim, masked=masked and self.dims.padding)

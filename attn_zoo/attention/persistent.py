@@ -54,6 +54,7 @@ class Persistent(SlotDecoding):
     """Context and persistent memory in one softmax."""
 
     has_parts = True
+    anywhere = True
 
     def __init__(self, options: Options, dims, *, shared: dict, rngs: nnx.Rngs):
         super().__init__(options, dims)

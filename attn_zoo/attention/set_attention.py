@@ -32,6 +32,8 @@ class Options:
 class Set(Attention):
     """Attention through inducing points."""
 
+    anywhere = True
+
     def __init__(self, options: Options, dims, *, shared: dict, rngs: nnx.Rngs):
         super().__init__(options, dims)
         K, H = dims.num_kv_heads, dims.head_dim

@@ -33,6 +33,8 @@ class Options:
 class TopK(SlotDecoding):
     """The largest scores."""
 
+    anywhere = True
+
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         k_BSNH, v_BSNH = (repeat_kv(x, self.dims.num_heads) for x in (k_BSKH, v_BSKH))  # heads that share keys choose apart
         index, seen = select(q_BTNH, k_BSNH, valid_BS, self.options.k, self.dims.causal)

@@ -11,6 +11,7 @@ span's key and value are the means of those of its valid positions. Left out is 
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -60,6 +61,28 @@ def nodes_seen(neighbours: int, T: int, causal: bool) -> tuple[np.ndarray, np.nd
     return np.stack(index, 1)[:, used].astype(np.int32), np.stack(seen, 1)[:, used]
 
 
+class Rings(NamedTuple):
+    """Where a decoder keeps the spans that a later query may see: of every level the last few, in a ring of its own."""
+
+    counts: np.ndarray  # [levels], how many
+    first: np.ndarray  # [levels], the slot that a level's ring begins at
+    seen: np.ndarray  # [T, R], the slots of what each query sees
+
+
+@functools.lru_cache(maxsize=32)
+def rings(neighbours: int, T: int) -> Rings:
+    """Of the spans that causal queries see among T positions."""
+    index, seen = nodes_seen(neighbours, T, True)
+    nodes = np.cumsum([0, *level_sizes(T)])
+    level = np.searchsorted(nodes, index, side="right") - 1
+    node = index - nodes[level]
+    back = np.where(seen, (np.arange(T)[:, None] >> level) - node, 0)  # from the span of its level that the query is in
+    counts = np.ones(len(nodes) - 1, int)
+    np.maximum.at(counts, level, back + 1)
+    first = np.cumsum(counts) - counts
+    return Rings(counts, first, np.where(seen, first[level] + node % counts[level], 0).astype(np.int32))
+
+
 def span_means(x_BSKH, valid_BS):
     """(means over the valid positions of every span [B, nodes, K, H] in float32, whether it has any [B, nodes]), the leaves first."""
     B, S = x_BSKH.shape[:2]
@@ -84,19 +107,21 @@ class Tree(Attention):
         return gathered_attention(q_BTNH, k, v, jnp.asarray(index), jnp.asarray(seen), valid_BS=valid)[0]
 
     def init_cache(self, B, max_len):
-        """The means of all spans, leaves first. A query sees whole spans of the past alone."""
+        """The means of the last few spans of every level: a query sees no others, and of the past alone, where spans are whole."""
         self.check_decoding(max_len)
-        shape = (B, sum(level_sizes(self.dims.max_len)), self.dims.num_kv_heads, self.dims.head_dim)
+        shape = (B, int(rings(self.options.neighbours, self.dims.max_len).counts.sum()), self.dims.num_kv_heads, self.dims.head_dim)
         return {name: jnp.zeros(shape, jnp.promote_types(self.dims.dtype, jnp.float32)) for name in ("k", "v")} | {"t": jnp.zeros((), jnp.int32)}
 
     def step(self, q_B1NH, k_B1KH, v_B1KH, cache):
-        t, sizes = cache["t"], level_sizes(self.dims.max_len)
-        level = np.arange(len(sizes))
-        above = np.concatenate([[0], np.cumsum(sizes)[:-1]]) + (t >> level)  # the leaf and its spans, one a level
+        t, kept = cache["t"], rings(self.options.neighbours, self.dims.max_len)
+        level = np.arange(len(kept.counts))
+        above = kept.first + (t >> level) % kept.counts  # the leaf and its spans, one a level
         share = (2.0**-level)[:, None, None]
-        cache = cache | {name: cache[name].at[:, above].add(x * share) for name, x in (("k", k_B1KH), ("v", v_B1KH))}
-        index, seen = (jnp.asarray(x)[t] for x in nodes_seen(self.options.neighbours, self.dims.max_len, True))
-        return attend_listed(q_B1NH, cache, index, seen)[0], cache | {"t": t + 1}
+        begins = (t % 2**level == 0)[:, None, None]  # and takes the place of an older one
+        mean = lambda old, x: jnp.where(begins, 0.0, old[:, above]) + x * share
+        cache = cache | {name: cache[name].at[:, above].set(mean(cache[name], x)) for name, x in (("k", k_B1KH), ("v", v_B1KH))}
+        seen = jnp.asarray(nodes_seen(self.options.neighbours, self.dims.max_len, True)[1])
+        return attend_listed(q_B1NH, cache, jnp.asarray(kept.seen)[t], seen[t])[0], cache | {"t": t + 1}
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         """Every span's mean by a matrix of its positions, every query's spans by walking outward from it."""
@@ -156,5 +181,6 @@ TREE = Variant(
     memory_order=1.0,
     exact_when=lambda T: {"neighbours": T},
     decode=True,
+    state_order=0.15,  # the slope of k log(T / k)
     cross="what a query sees one by one, and what as spans, goes by its own place in the sequence",
 )

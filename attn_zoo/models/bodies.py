@@ -31,6 +31,7 @@ class Body:
     kind: str
     plainest: str  # serves whatever the body serves
     build: Callable[..., nnx.Module]  # (config.Model, *, variant, attention, rngs, and the sizes of a task) -> model
+    has_backends: bool = False  # whether its variants are the zoo's, with the backends of attention.backend
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +176,7 @@ def _reader(
 
 def _one(variant: list[Spec], rule: str) -> None:
     if len(variant) > 1:
-        raise UserError(f"[{', '.join(map(str, variant))}]: {rule}")
+        raise UserError(f"a list of {len(variant)} variants: {rule}")
 
 
 def _decodes(what: str, causal: bool, per_token: bool) -> None:
@@ -189,9 +190,9 @@ def _needs_tokens(what: str, inputs_vocab: int) -> None:
 
 
 BODIES = {
-    "transformer": Body(VARIANTS, "attention variant", "full", _transformer),
+    "transformer": Body(VARIANTS, "attention variant", "full", _transformer, has_backends=True),
     "recurrent": Body(ALIGNMENTS, "alignment", "none", _recurrent),
     "convolutional": Body(CONVOLUTIONS, "convolution", "dilated", _convolutional),
     "reader": Body(READERS, "reader", "none", _reader),
-    "convnet": Body(LAYERS, "attention variant", "none", _pictures),
+    "convnet": Body(LAYERS, "attention variant", "none", _pictures, has_backends=True),
 }

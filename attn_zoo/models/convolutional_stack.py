@@ -177,6 +177,7 @@ class ConvolutionStack(nnx.Module):
         """Float32 logits, [B, T, num_outputs] or pooled [B, num_outputs]. Positions that are not valid are read as zeros."""
         if inputs_BT.shape[1] > self.max_len:
             raise UserError(f"length {inputs_BT.shape[1]} is over max_len={self.max_len} that this model was built for")
+        check_source(source, self.source_len)
         x_BTD = self.embedding(inputs_BT)
         if self.source_len:
             key, source_key = split_key(key, 2)
@@ -186,7 +187,6 @@ class ConvolutionStack(nnx.Module):
 
     def encode(self, source: Array, source_valid: Array | None, T: int, key: Array | None = None) -> Float[Array, "B T D"]:
         """What of the source enters at each of T positions of the target."""
-        check_source(source, self.source_len)
         memory_BSD = self.encoder(source, valid_BS=source_valid, key=key)[:, :T] @ self.bridge[...].astype(self.embedding.dtype)
         return jnp.pad(memory_BSD, ((0, 0), (0, T - memory_BSD.shape[1]), (0, 0)))
 
@@ -195,6 +195,7 @@ class ConvolutionStack(nnx.Module):
         if not self.causal:
             raise Unsupported("these convolutions read ahead; a decoder generates with causal=True")
         check(max_len <= self.max_len, "max_len", max_len, f"is over the max_len={self.max_len} that this model was built for")
+        check_source(source, self.source_len)
         memory = {"source": self.encode(source, source_valid, max_len)} if self.source_len else {}
         return {str(n): layer.init_cache(B) for n, layer in enumerate(self.layers)} | {"t": jnp.zeros((), jnp.int32), "room": room(B, max_len)} | memory
 

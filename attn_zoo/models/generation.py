@@ -73,16 +73,16 @@ def _check_room(cache: Any, max_len: int) -> None:
 
 def restrict(logits_BV: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
     """Logits over the temperature, NEG where top_k or top_p leave a token out. The most probable token always stays."""
-    logits_BV = logits_BV / sampling.temperature
-    V = logits_BV.shape[-1]
-    if 0 < sampling.top_k < V:
-        logits_BV = jnp.where(logits_BV >= lax.top_k(logits_BV, sampling.top_k)[0][:, -1:], logits_BV, NEG)
+    # Below the greatest and no colder than float32 can divide by, so that nothing overflows.
+    logits_BV = (logits_BV - logits_BV.max(axis=-1, keepdims=True)) / max(sampling.temperature, 1e-30)
+    order_BV = jnp.argsort(-logits_BV, axis=-1)  # equal ones by their ids
+    rank_BV = jnp.argsort(order_BV, axis=-1)
+    if sampling.top_k:
+        logits_BV = jnp.where(rank_BV < sampling.top_k, logits_BV, NEG)
     if sampling.top_p < 1:
-        sorted_BV = jnp.sort(logits_BV, axis=-1)[:, ::-1]
-        p_BV = jax.nn.softmax(sorted_BV)
+        p_BV = jax.nn.softmax(jnp.take_along_axis(logits_BV, order_BV, axis=-1))
         kept_BV = jnp.cumsum(p_BV, axis=-1) - p_BV < sampling.top_p  # while what stands before holds less
-        least_B1 = jnp.min(jnp.where(kept_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True)
-        logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, NEG)
+        logits_BV = jnp.where(jnp.take_along_axis(kept_BV, rank_BV, axis=-1), logits_BV, NEG)
     return logits_BV
 
 

@@ -49,9 +49,11 @@ def read_out(features: Float[Array, "... D"], readout_VD: Float[Array, "V D"]) -
     return jnp.einsum("...D,VD->...V", features, readout_VD.astype(features.dtype), preferred_element_type=jnp.float32)
 
 
-def check_source(source: Array, source_len: int) -> None:
-    """Raises UserError for a source longer than a model was built for."""
-    if source.shape[1] > source_len:
+def check_source(source: Array | None, source_len: int, reads_picture: bool = False) -> None:
+    """Raises UserError for a source that a model has no use for, or lacks, or that is longer than it was built for."""
+    if (source is None) == (source_len > 0):
+        raise UserError("this model reads a source, and was given none" if source_len else "a source was given to a model that reads none")
+    if source is not None and not reads_picture and source.shape[1] > source_len:
         raise UserError(f"a source of {source.shape[1]} is over source_len={source_len} that this model was built for")
 
 

@@ -24,6 +24,7 @@ from attn_zoo.attention.hard import Options as HardOptions
 from attn_zoo.models.layers import EMBEDDING_STD, check_source, dropout, normal, read_out
 from attn_zoo.models.pictures import ConvolutionEncoder, cells_of
 from attn_zoo.models.transformer import split_key
+from attn_zoo.ops.patterns import Band, count_pairs
 from attn_zoo.spec import Spec, UserError, check, check_int
 
 NEG = -1e30  # a score that is not seen: finite, so that differences of such are not NaN
@@ -187,6 +188,19 @@ class Aligner(nnx.Module):
         if alignment.place == "predictive":
             self.place_hidden = normal(rngs.params(), (D, D), D**-0.5)
             self.place_weight = normal(rngs.params(), (D,), D**-0.5)
+
+    def pairs(self, T: int, S: int) -> int:
+        """How many of T S pairs are weighed; where the window's middle is predicted, as if none were cut at the ends."""
+        if not self.alignment.place:
+            return T * S
+        window = self.options.window
+        return count_pairs(Band(window, window), T, S) if self.alignment.place == "monotonic" else T * min(2 * window + 1, S)
+
+    def multiply_adds(self, T: int, S: int) -> int:
+        """Of the matrices: some turn every state of the decoder, some every place of the memory."""
+        of_states, of_memory = ([name for name in names if hasattr(self, name)] for names in (("query", "place_hidden"), ("key", "general")))
+        size = lambda names: sum(getattr(self, name).size for name in names)
+        return T * size(of_states) + S * size(of_memory)
 
     def keys(self, memory_BSD: Array) -> Array:
         """What of the scores depends on the memory alone, made once for all steps; float32."""
@@ -403,7 +417,7 @@ class Recurrent(nnx.Module):
         """Useful FLOPs of one training step: `attention`, the alignment at all steps; `model`, everything. 6 a parameter and token, as of the Transformer."""
         D, S = self.config.D, self.source_len
         per_pair = {"none": 0, "additive": 2 * D + 2 * D + 2 * D}.get(self.aligner.alignment.score, 4 * D)
-        attention = 3.0 * B * T * S * per_pair + 6.0 * B * (T + S) * _matrices(self.aligner) / 2
+        attention = 3.0 * B * self.aligner.pairs(T, S) * per_pair + 6.0 * B * self.aligner.multiply_adds(T, S)
         decoder = _matrices(self.cells) + self.combine.size + self.readout.size
         return {"attention": attention, "model": attention + 6.0 * B * (T * decoder + self.encoder.multiply_adds())}
 

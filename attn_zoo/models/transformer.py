@@ -23,7 +23,7 @@ from attn_zoo.models.layers import EMBEDDING_STD, NORMS, Embedding, FeedForward,
 from attn_zoo.models.multi_head import MultiHeadAttention
 from attn_zoo.models.pictures import ConvolutionEncoder, cells_of
 from attn_zoo.models.remat import rematerialized
-from attn_zoo.spec import Spec, Unsupported, UserError
+from attn_zoo.spec import Spec, UserError
 
 
 class Block(nnx.Module):
@@ -162,8 +162,6 @@ class Transformer(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.tied = ties(model.tie_embeddings, per_token, num_outputs, inputs_vocab)
-        if len(variant) > model.layers:
-            raise UserError(f"[{', '.join(map(str, variant))}] lists {len(variant)} layers, but layers={model.layers}; list at most {model.layers}")
         self.config = model
         self.max_len = max_len
         if image_shape is not None:
@@ -183,8 +181,13 @@ class Transformer(nnx.Module):
         if self.reads_picture and model.share_embeddings:
             raise UserError("share_embeddings=True: a picture has no token embeddings to share; use share_embeddings=False")
         full = parse_variant("full")
+        stands = set(model.where) & set(places) if reads else {"decoder"}
+        in_encoder = {"encoder_layers": model.encoder_layers} if model.encoder_layers else {"layers": model.layers}
+        _check_listed(variant, ({"layers": model.layers} if stands - {"encoder"} else {}) | (in_encoder if "encoder" in stands else {}))
         decoder = variant if not reads or "decoder" in model.where else full
         crossing = [] if not reads else variant if "cross" in model.where else parse_variant(model.cross)
+        if "cross" not in stands:
+            _check_listed(crossing, {"layers": model.layers})
         encoder = [] if not reads else variant if "encoder" in model.where else full
 
         dtype = jnp.dtype(model.dtype)
@@ -202,8 +205,8 @@ class Transformer(nnx.Module):
         for layer in range(model.layers):
             layer_attention = make(decoder, layer, "self", max_len, causal)
             cross = make(crossing, layer, "cross", max(max_len, source_len), False) if reads else None
-            if cross is not None and not cross.rowwise:
-                raise Unsupported(f"{cross.variant.name} cannot read an encoder from a decoder: an output depends on the other queries, later targets among them")
+            if cross is not None:
+                cross.check_cross()
             self.blocks.append(Block(model, layer_attention, cross, rngs=rngs))
         if model.norm_position == "pre":
             self.final_norm = NORMS[model.norm](model.D)
@@ -240,6 +243,7 @@ class Transformer(nnx.Module):
         """
         if inputs_BT.shape[1] > self.max_len:
             raise UserError(f"length {inputs_BT.shape[1]} is over max_len={self.max_len} that this model was built for")
+        check_source(source, self.source_len, self.reads_picture)
         memory: tuple = ()
         if self.source_len:
             key, encoder_key = split_key(key, 2)
@@ -251,11 +255,11 @@ class Transformer(nnx.Module):
         """The memory that the decoder reads."""
         if self.reads_picture:
             return self.encoder(source, key=key)
-        check_source(source, self.source_len)
         return self.encoder(source, valid_BS=source_valid, key=key)
 
     def start(self, B: int, max_len: int, *, source: Array | None = None, source_valid: Array | None = None) -> Cache:
         """The state of generation before the first of at most `max_len` tokens. Raises Unsupported unless the model is a decoder, UserError for more than it has positions."""
+        check_source(source, self.source_len, self.reads_picture)
         memory = (self.encode(source, source_valid), source_valid) if self.source_len else ()
         return {str(n): block.init_cache(B, max_len, *memory) for n, block in enumerate(self.blocks)} | {"t": jnp.zeros((), jnp.int32), "room": room(B, max_len)}
 
@@ -304,6 +308,13 @@ class Transformer(nnx.Module):
 
     def _read_out(self, features: Array) -> Array:
         return read_out(features, self.embedding.tokens[: self.num_outputs] if self.tied else self.readout[...])
+
+
+def _check_listed(specs: Sequence[Spec], depths: dict[str, int]) -> None:
+    """Raises UserError for a list over layers that is longer than the deepest of the stacks it stands in, by the setting that says how deep."""
+    setting, layers = max(depths.items(), key=lambda depth: depth[1])
+    if len(specs) > layers:
+        raise UserError(f"a list of {len(specs)} variants, where {setting}={layers}; list at most {layers}")
 
 
 def pool(x_BTD: Float[Array, "B T D"], valid_BT: Bool[Array, "B T"] | None, kind: str) -> Float[Array, "B D"]:

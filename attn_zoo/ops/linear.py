@@ -56,13 +56,19 @@ def state_step(
     phi_q_B1NR: Float[Array, "B 1 N R"], phi_k_B1KR: Float[Array, "B 1 K R"], v_B1KH: Float[Array, "B 1 K H"], state_BKRH: Float[Array, "B K R H"], log_decay_BK: Array | None = None
 ) -> tuple[Float[Array, "B 1 N H"], Float[Array, "B K R H"]]:
     """(phi(q)' S, S) after S = exp(log_decay) S + phi(k) v': one step of the causal sums above, or of ops.decayed; float32."""
-    B, _, N, R = phi_q_B1NR.shape
-    K, H = v_B1KH.shape[2:]
-    q, k, v = (x.astype(state_BKRH.dtype) for x in (phi_q_B1NR.reshape(B, K, N // K, R), phi_k_B1KR[:, 0], v_B1KH[:, 0]))
+    k, v = (x[:, 0].astype(state_BKRH.dtype) for x in (phi_k_B1KR, v_B1KH))
     if log_decay_BK is not None:
         state_BKRH = state_BKRH * jnp.exp(log_decay_BK)[..., None, None]
     state_BKRH = state_BKRH + k[..., :, None] * v[..., None, :]
-    return jnp.einsum("BKGR,BKRH->BKGH", q, state_BKRH).reshape(B, 1, N, H), state_BKRH
+    return read_state(phi_q_B1NR, state_BKRH), state_BKRH
+
+
+def read_state(phi_q_B1NR: Float[Array, "B 1 N R"], state_BKRH: Float[Array, "B K R H"]) -> Float[Array, "B 1 N H"]:
+    """phi(q)' S."""
+    B, _, N, R = phi_q_B1NR.shape
+    K, H = state_BKRH.shape[1], state_BKRH.shape[3]
+    q_BKGR = phi_q_B1NR.reshape(B, K, N // K, R).astype(state_BKRH.dtype)
+    return jnp.einsum("BKGR,BKRH->BKGH", q_BKGR, state_BKRH).reshape(B, 1, N, H)
 
 
 def with_ones(v_BSKH: Array) -> Array:

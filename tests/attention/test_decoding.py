@@ -110,7 +110,7 @@ def test_steps_equal_the_parallel_form(spec):
         return
     # What chooses over the whole sequence can only have chosen over what there was.
     upto = jax.jit(lambda t: attention(q, k, v, valid_BS=jnp.broadcast_to(jnp.arange(T) <= t, q.shape[:2])))
-    for t in (0, 1, T // 2, T - 1):
+    for t in range(T):
         assert_close(o[:, t], upto(t)[:, t], 2e-5)
 
 
@@ -158,7 +158,20 @@ def test_rows_of_a_state_are_rows_of_the_batch():
 CROSS = [name for name, v in VARIANTS.items() if v.cross is True]
 
 
-@pytest.mark.parametrize("name", [*CROSS, "luong_local(window=2)", "luong_local(window=2, align='monotonic')", "local(window=3)", "linear(feature_map='cosformer')"])
+CROSS_SPECS = [
+    *CROSS,
+    "luong_local(window=2)",
+    "luong_local(window=2, align='monotonic')",
+    "local(window=3)",
+    "global_window(window=2, globals=3, separate=True)",
+    "block(block=4, window_blocks=1, global_blocks=1, random_blocks=1)",
+    "linear(feature_map='cosformer')",
+    "linformer(projection='conv', rank=5)",
+    "mix(linear, local(window=3))",
+]
+
+
+@pytest.mark.parametrize("name", CROSS_SPECS)
 def test_cross_attention_step_by_step_equals_the_parallel_form(name):
     attention = build(name, causal=False)
     q, k, v = inputs(attention, 7, 13)
@@ -176,6 +189,26 @@ def test_cross_attention_step_by_step_equals_the_parallel_form(name):
         return jax.lax.scan(step, attention.init_cross_cache(k, v, 7, valid_BS=valid), q.swapaxes(0, 1))[1][:, :, 0].swapaxes(0, 1)
 
     assert_close(run(q, k, v), attention(q, k, v, valid_BS=valid), 2e-5)
+
+
+@pytest.mark.parametrize("name", CROSS_SPECS)
+def test_a_decoder_asks_one_query_at_a_time_wherever_its_position_means_nothing(name):
+    attention = build(name, causal=False, max_len=400)  # beyond the windows of all defaults
+    if not attention.rowwise:
+        return
+    q, k, v = inputs(attention, 400)
+    attend = jax.jit(lambda q: attention(q, k, v))
+    permuted = np.abs(np.asarray(attend(q[:, ::-1]) - attend(q)[:, ::-1])).max() < 1e-5
+    assert attention.anywhere == permuted
+    if attention.anywhere:  # and then keeps no queries
+        assert "q" not in jax.eval_shape(lambda: attention.init_cross_cache(k, v, 7))
+
+
+@pytest.mark.parametrize("name", [name for name, v in VARIANTS.items() if v.cross is not True] + ["mix(full, retention)"])
+def test_what_cannot_cross_is_refused_at_equal_lengths_too(name):
+    attention = build(name, causal=False)
+    with pytest.raises(Unsupported, match="cannot attend across sequences"):
+        attention.init_cross_cache(*inputs(attention, 7)[1:], 7)
 
 
 def test_a_decoder_is_causal_and_no_longer_than_built():

@@ -16,9 +16,9 @@ T, S, V, U = 10, 13, 11, 9
 POOLING = {"attention_over_attention", "clustered", "informer", "nystrom"}  # queries together: later targets would reach earlier ones
 
 
-def make(variant="full", *, source_vocab=U, seed=0, **fields):
+def make(variant="full", *, source_vocab=U, source_len=S, seed=0, **fields):
     model = config.Model(**({"D": 16, "layers": 2, "N": 2, "positions": "sinusoidal"} | fields))
-    sizes = dict(inputs_vocab=V, num_outputs=V, max_len=T, source_vocab=source_vocab, source_len=S)
+    sizes = dict(inputs_vocab=V, num_outputs=V, max_len=T, source_vocab=source_vocab, source_len=source_len)
     return Transformer(model, variant=parse_variant(variant), causal=True, per_token=True, rngs=nnx.Rngs(seed), **sizes)
 
 
@@ -78,6 +78,31 @@ def test_a_source_as_long_as_the_target_is_not_taken_for_it(name):
         inner(tokens, source=source, source_valid=valid, valid_BT=target_valid, key=jax.random.key(0))
         (log_prob,) = jax.tree.leaves(nnx.state(inner, ScoreFunction))
         assert float(log_prob[2]) == 0 and log_prob.shape == (3,)
+
+
+def test_a_list_is_held_against_the_deepest_stack_it_stands_in():
+    model = make("[local(window=1), full, linear]", layers=1, where=("encoder",), encoder_layers=3)
+    assert [block.mixer.attention.variant.name for block in model.encoder.blocks] == ["local", "full", "linear"]
+    make("[local(window=1), full, linear]", layers=1, encoder_layers=3)
+    with pytest.raises(UserError, match="a list of 3 variants, where encoder_layers=2"):
+        make("[local(window=1), full, linear]", layers=5, where=("encoder",), encoder_layers=2)
+    with pytest.raises(UserError, match="a list of 2 variants, where layers=1"):
+        make("full", layers=1, encoder_layers=4, cross="[full, linear]")
+
+
+@pytest.mark.parametrize("name", ["retention", "lsh", "mix(full, tree)"])
+def test_cross_attention_refuses_what_cannot_cross_whatever_the_lengths(name):
+    for source_len in (T, T + 3):
+        with pytest.raises(Unsupported, match="cannot attend across sequences"):
+            make(name, where=("cross",), source_len=source_len)
+
+
+def test_a_source_is_given_to_what_reads_one():
+    tokens, source, _ = batch()
+    for model, given, message in ((make("full"), None, "was given none"), (make("full", source_len=0), source, "reads none")):
+        for use in (lambda: model(tokens, source=given), lambda: model.start(3, T, source=given)):
+            with pytest.raises(UserError, match=message):
+                use()
 
 
 def test_what_is_not_causal_serves_in_the_encoder_alone():

@@ -10,7 +10,7 @@ from flax import nnx
 
 from attn_zoo import config
 from attn_zoo.attention import parse_variant
-from attn_zoo.models import Transformer
+from attn_zoo.models import Transformer, read_variant
 from attn_zoo.models.generation import GREEDY, NEG, Beam, Sampling, beam_search, restrict, sample
 from attn_zoo.spec import Unsupported, UserError
 
@@ -56,20 +56,35 @@ def test_steps_of_an_encoder_decoder_equal_its_parallel_form(norm_position, ffn)
     np.testing.assert_allclose(stepped(model, tokens, source=source, source_valid=valid), expected, rtol=0, atol=2e-4)
 
 
-def generate(model, prompt, max_len=L, **arguments):
-    return jax.jit(lambda prompt: sample(model.step, model.start(len(prompt), max_len), prompt, max_len, **arguments))(prompt)
+def generate(model, prompt, max_len=L, source=None, **arguments):
+    return jax.jit(lambda prompt: sample(model.step, model.start(len(prompt), max_len, **source or {}), prompt, max_len, **arguments))(prompt)
 
 
-# A key-value cache, a ring, states that do not grow, keys that can still be seen.
-GENERATING = ["full", "[local(window=3), linear]", "adaptive_span(max_span=6, init=3, ramp=2)", "delta", "strided(stride=4)"]
+# A key-value cache, a ring, states that do not grow, keys that can still be seen; and what reads a source, of which each body has a state of its own.
+DECODERS = ["full", "[local(window=3), linear]", "adaptive_span(max_span=6, init=3, ramp=2)", "delta", "strided(stride=4)"]
+READING = ["transformer(full)", "transformer(local(window=3), linear, where=('decoder', 'cross'))", "recurrent(additive)", "recurrent(local_p(window=2), cell='lstm')", "convolutional(dilated)"]
+GENERATING = [*DECODERS, *READING]
+
+
+def make_any(text, B, seed=0):
+    """A decoder, or, of a row that names its body, an encoder and decoder; and the keywords of its sources."""
+    if text in DECODERS:
+        return make_model(text, seed=seed), {}
+    entry = read_variant(text, config.Model(D=16, layers=2, N=2, positions="learned"))
+    sizes = dict(inputs_vocab=V, num_outputs=V, max_len=L, causal=True, per_token=True, source_vocab=9, source_len=10, image_shape=None)
+    model = entry.body.build(entry.model, variant=list(entry.specs), attention=config.Attention(), rngs=nnx.Rngs(seed), **sizes)
+    read_out = model.embedding.tokens if hasattr(model, "embedding") else model.readout
+    read_out[...] = 30 * read_out[...]
+    return model, {"source": draw(B, 10, 9, seed=1), "source_valid": jnp.arange(10) < jnp.arange(3, 3 + B)[:, None]}
 
 
 @pytest.mark.parametrize("variant", GENERATING)
 def test_greedy_with_a_cache_is_greedy_by_feeding_the_sequence_again(variant):
-    model, prompt = make_model(variant), draw(2, 3, V)
-    tokens, log_prob = generate(model, prompt)
+    (model, source), prompt = make_any(variant, 2), draw(2, 3, V)
+    tokens, log_prob = generate(model, prompt, source=source)
+    assert len(np.unique(tokens)) > 2
     expected, total = prompt, np.zeros(2)
-    forward = jax.jit(lambda tokens: model(tokens))
+    forward = jax.jit(lambda tokens: model(tokens, **source))
     for t in range(3, L):
         log_p = jax.nn.log_softmax(forward(jnp.pad(expected, ((0, 0), (0, L - t))))[:, t - 1])  # what stands behind is not seen
         expected = jnp.concatenate([expected, log_p.argmax(axis=-1)[:, None]], axis=1)
@@ -127,6 +142,14 @@ def test_top_k_and_nucleus_keep_what_they_should(sampling, kept):
     assert np.flatnonzero(np.asarray(restricted[0]) > NEG / 2).tolist() == kept
 
 
+def test_what_is_cold_is_greedy_and_equal_tokens_are_not_more_than_k():
+    logits = jnp.array([[2.0, 3.0, 3.0, -1.0]])
+    for sampling in (Sampling(temperature=1e-40), Sampling(top_k=1), Sampling(top_p=0.1)):
+        restricted = restrict(logits, sampling)
+        assert restricted.argmax() == 1 and not np.isnan(restricted).any()
+    assert np.flatnonzero(np.asarray(restrict(logits, Sampling(top_k=1))[0]) > NEG / 2).tolist() == [1]
+
+
 def exhaustive(log_p, prompt, max_len, end, beam):
     """All continuations of a prompt with their scores, best first: {tokens: score}, tokens ending at `end` or at max_len."""
     scores = {}
@@ -162,10 +185,10 @@ def test_a_wide_beam_finds_the_best_of_all_continuations(penalty, alpha):
 
 @pytest.mark.parametrize("variant", GENERATING)
 def test_a_beam_of_width_one_is_greedy(variant):
-    model, prompt = make_model(variant, seed=3), draw(5, 2, V, seed=4)
+    (model, source), prompt = make_any(variant, 5, seed=3), draw(5, 2, V, seed=4)
     end = 6
-    expected, _ = generate(model, prompt, end=end)
-    tokens, _ = jax.jit(lambda p: beam_search(model.step, model.start(len(p), L), p, L, end=end, beam=Beam(width=1)))(prompt)
+    expected, _ = generate(model, prompt, source=source, end=end)
+    tokens, _ = jax.jit(lambda p: beam_search(model.step, model.start(len(p), L, **source), p, L, end=end, beam=Beam(width=1)))(prompt)
     np.testing.assert_array_equal(tokens[:, 0], expected)
 
 

@@ -305,6 +305,14 @@ def test_flops_and_memory_grow_with_what_they_count():
     assert additive.activation_bytes(B, 2 * T) > additive.activation_bytes(B, T) > 0
 
 
+def test_flops_of_an_alignment_count_its_pairs_and_its_matrices_by_what_they_turn():
+    D, W = 12, 2
+    in_window = sum(abs(t - s) <= W for t in range(T) for s in range(S))
+    of = {"dot": (T * S * 4 * D, 0), "general": (T * S * 4 * D, S), "concat": (T * S * 6 * D, T + S), "local_m(window=2)": (in_window * 4 * D, S), "local_p(window=2)": (T * (2 * W + 1) * 4 * D, T + S)}
+    for spec, (pairs, turned) in of.items():
+        assert make(spec, D=D).flops_per_step(1, T)["attention"] == 3 * pairs + 6 * turned * D * D, spec
+
+
 @pytest.mark.parametrize(
     "mistake, words",
     [

@@ -170,7 +170,7 @@ def test_variants_are_cycled_over_layers(build):
 
 
 def test_more_variants_than_layers_is_an_error(build):
-    with pytest.raises(UserError, match=r"lists 3 layers, but layers=2"):
+    with pytest.raises(UserError, match=r"a list of 3 variants, where layers=2"):
         build("[local(window=1), full, linear]", layers=2)
 
 
