@@ -161,7 +161,7 @@ def make_mesh(batch: int) -> Mesh:
 
 
 def make_optimizer(train: config.Train) -> optax.GradientTransformation:
-    """AdamW with linear warm-up, decay and clipping; matrices decay, vectors (norms, biases, spans) do not."""
+    """AdamW with linear warm-up, decay and clipping; what has two axes or more decays, what has one (norms, biases, spans) does not."""
     if train.schedule == "cosine":
         schedule = optax.warmup_cosine_decay_schedule(0.0, train.lr, train.warmup, max(train.steps, train.warmup + 1), train.lr * train.final_lr)
     else:
