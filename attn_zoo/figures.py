@@ -25,7 +25,7 @@ COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#C
 REFED = f"{summary.REFERENCE}, re-fed"
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "*")
 LEGEND = {"fontsize": FONT - 1, "frameon": False, "handlelength": 3, "columnspacing": 1, "borderaxespad": 0, "labelspacing": 0.4}
-LINES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (8, 2)))
+LINES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (2, 2)))
 
 
 def figures(records: list[dict[str, Any]]) -> dict[str, Figure]:
@@ -77,7 +77,7 @@ def decode(rows: list[Row], styles: dict) -> Figure | None:
     refed = [(REFED, r.seq_len, *[r.refeed_tokens_per_s] * 3) for r in known if r.variant == summary.REFERENCE and r.refeed_tokens_per_s]
     many, styles = len(styles) > MANY, styles | ({REFED: {"color": "0.5", "marker": "", "linestyle": "--"}} if refed else {})
     state = {r.variant: {own.seq_len: own.state_bytes for own in known if own.variant == r.variant} for r in known}
-    if not many or len({r.seq_len for r in known}) < 2:
+    if not many or len({r.seq_len for r in known}) < 2:  # of one length there is no figure
         return against_length(points + refed, styles, "generated tokens / s", log=True)
     both = [point for point in points if point[0] == summary.REFERENCE] + refed
     titles = {variant: f"state {'that grows with T' if len(set(sizes.values())) > 1 else 'of one size'}" for variant, sizes in state.items() if len(sizes) > 1}
@@ -134,7 +134,7 @@ def probes(records: list[dict[str, Any]], styles: dict) -> Figure | None:
         if i + across >= len(lengths):
             labels = [title.removeprefix("length ") if by_length else title for title in titles]
             ax.set_xticks(range(len(splits)), labels, rotation=40, ha="right", rotation_mode="anchor")
-            ax.set_xlabel("length" if by_length else "split")
+            ax.set_xlabel("length of what is read" if by_length else "split")
         if i % across == 0:
             ax.set_ylabel("exact match, %" if summary.probe_metric(records) == "eval_exact" else "accuracy, %")
     return figure
@@ -190,8 +190,8 @@ def mean_curve(records: list[dict[str, Any]], variant: str, T: int) -> tuple[lis
 
 def against_length(points: list[tuple], styles: dict, title: str, log: bool, floors: dict | None = None) -> Figure | None:
     """Points (variant, T, value, low, high) as one curve a variant with bars, T on a binary logarithmic axis."""
-    if not points:
-        return None
+    if len({T for _, T, *_ in points}) < 2:
+        return None  # the table tells it
     names = max((len(f"{name} 0.00 ↑") for name in floors or ()), default=0)
     figure, [ax] = _figure(styles, right=0.1 + names * 0.55 * (FONT - 1) / 72)
     _draw_lengths(ax, points, styles, title, log)
@@ -246,6 +246,8 @@ def _draw_lengths(ax, points: list[tuple], styles: dict, title: str, log: bool, 
         ax.set_yscale("log")
         _log_ticks(ax.yaxis)
     else:
+        ax.ticklabel_format(axis="y", scilimits=(-2, 4), useOffset=False)
+        ax.yaxis.offsetText.set_size(FONT - 1)
         ax.set_ylim(_limits(*zip(*(point[2:] for point in points))))
 
 

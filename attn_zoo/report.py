@@ -50,6 +50,9 @@ def write_report(workdir: str | os.PathLike) -> str:
         figure.savefig(pngs[name], format="png", dpi=200)
         (workdir / "figures" / f"{name}.png").write_bytes(pngs[name].getvalue())
         figure.savefig(workdir / "figures" / f"{name}.pdf", metadata={"CreationDate": None})
+    for name in set(FIGURES) - set(pngs):  # drawn once from records that are no longer these
+        for kind in ("png", "pdf"):
+            (workdir / "figures" / f"{name}.{kind}").unlink(missing_ok=True)
     texts["index.html"] = _page(records, {name: png.getvalue() for name, png in pngs.items()})
     for name, text in texts.items():
         (workdir / name).write_text(text, encoding="utf-8", newline="\n")

@@ -102,19 +102,20 @@ def rows(records: list[dict[str, Any]]) -> list[Row]:
     Raises UserError when the records are not of one experiment.
     """
     check_one_experiment(records)
+    floors_of = lambda T: _floors(records, T) if trained(records) else []
     groups: dict[tuple[int, str], list[dict]] = {}
     for record in records:
         groups.setdefault((record["cell"]["seq_len"], record["cell"]["variant"]), []).append(record)
     table, common = [], {}
-    floors_differ = len({_as_printed(_floors(records, T)) for T in lengths_of(records) if _floors(records, T)}) > 1
+    floors_differ = len({_as_printed(floors_of(T)) for T in lengths_of(records) if floors_of(T)}) > 1
     for T in lengths_of(records):
         for variant in variants_of(records):
             if (T, variant) in groups:
                 table.append(_row(groups[T, variant], groups.get((T, REFERENCE), [])))
         if floors_differ:
-            table += _floors(records, T)
+            table += floors_of(T)
         else:
-            common = common or _floors(records, T)
+            common = common or floors_of(T)
     return table + [dataclasses.replace(floor, seq_len=None) for floor in common]
 
 
@@ -216,6 +217,11 @@ def lengths_of(records: list[dict[str, Any]]) -> list[int]:
     return sorted({r["cell"]["seq_len"] for r in records})
 
 
+def trained(records: list[dict[str, Any]]) -> bool:
+    """Whether there were training steps: what the first weights score says nothing of a variant, and is not told."""
+    return any(r["cell"]["train"]["steps"] for r in records)
+
+
 def headline(records: list[dict[str, Any]]) -> str:
     """Which of the eval_* metrics is the loss of the tables: 'bits_per_byte' or 'loss' (nats)."""
     return next((r["loss_name"] for r in records if r.get("loss_name")), "loss")
@@ -250,11 +256,12 @@ def _row(records: list[dict], reference: list[dict]) -> Row:
     median, step = statistics.median, ("speed", "train_step")
     params, reference_params = (pool(median, "params", "total", of=group) for group in (records, reference))
     step_s, reference_s = pool(median, *step, "median_s"), pool(median, *step, "median_s", of=[r for r in reference if r["status"] == "ok"])
-    loss, loss_interval = mean_interval(_values(ok, "metrics", f"eval_{headline(records)}"))
-    accuracy, accuracy_interval = mean_interval(_values(ok, "metrics", "eval_accuracy"))
-    exact, exact_interval = mean_interval(_values(ok, "metrics", "eval_exact") if generates(records) else [])
-    slots, slots_interval = mean_interval(_values(ok, "written", "eval_slots"))
-    bleu, bleu_interval = mean_interval(_values(ok, "written", "eval_bleu"))
+    scored = ok if trained(records) else []
+    loss, loss_interval = mean_interval(_values(scored, "metrics", f"eval_{headline(records)}"))
+    accuracy, accuracy_interval = mean_interval(_values(scored, "metrics", "eval_accuracy"))
+    exact, exact_interval = mean_interval(_values(scored, "metrics", "eval_exact") if generates(records) else [])
+    slots, slots_interval = mean_interval(_values(scored, "written", "eval_slots"))
+    bleu, bleu_interval = mean_interval(_values(scored, "written", "eval_bleu"))
     rates = [(rate, fraction) for r in ok for rate, fraction in [_rate(r)] if rate is not None]
     fractions = [fraction for _, fraction in rates if fraction is not None]
     lower_s, compile_s = (pool(median, "compile", "train_step", part, of=records) for part in ("lower_s", "compile_s"))

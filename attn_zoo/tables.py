@@ -65,7 +65,13 @@ def main_table(rows: list[Row], records: list[dict[str, Any]]) -> Table:
     if not timed:  # compilations neither: where nothing was to be timed, cells may have run beside each other
         for column in ("tokens/s", f"× {REFERENCE}", "step, ms (p20–p80)", "compile, s", unit, "of matmul, %"):
             del columns[column]
+    elif any(row.decode_step_s for row in rows) and not any(row.step_s for row in rows):
+        for column in ("tokens/s", f"× {REFERENCE}", "step, ms (p20–p80)", unit, "of matmul, %"):
+            del columns[column]
     note = "Loss" + (" and accuracy" if "accuracy, %" in columns else "") + " on held-out data: mean ± 95 % interval over seeds (Student's t). "
+    if not summary.trained(records):
+        del columns[LOSS_TITLES[loss]]
+        note = "Nothing was trained: costs alone. "
     if "exact match, %" in columns:
         note += "Exact match is the share of examples without a mistake in any target. "
     if "slots, %" in columns:

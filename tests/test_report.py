@@ -472,7 +472,22 @@ def test_generation_has_columns_where_it_was_measured():
     assert {(row["decode, tokens/s"], row["re-fed, tokens/s"], row["state, KiB"]) for row in rows} == {("2,000", "20.0", "4.00")}
 
 
-@pytest.mark.parametrize("count, lengths", [(2, LENGTHS), (12, LENGTHS), (14, LENGTHS), (14, LENGTHS[:1])])
+def test_of_one_length_there_is_no_curve():
+    records = [*map(decoded, sweep(lengths=LENGTHS[:1]))]
+    assert set(figures.figures(records)) == {"loss_time"}
+
+
+def test_what_was_not_trained_has_costs_alone():
+    records = [*map(decoded, sweep())]
+    for record in records:
+        record["cell"] = record["cell"] | {"train": record["cell"]["train"] | {"steps": 0}}
+        record["speed"] = {}
+    rows = markdown_rows(records)
+    assert not {"bits per byte", "accuracy, %", "tokens/s", "of matmul, %"} & set(rows[0]) and rows[0]["decode, tokens/s"] == "2,000"
+    assert not [row for row in rows if row["variant"].startswith("floor")] and "loss" not in figures.figures(records)
+
+
+@pytest.mark.parametrize("count, lengths", [(2, LENGTHS), (12, LENGTHS), (14, LENGTHS)])
 def test_generation_is_drawn_beside_the_reference_re_fed(count, lengths):
     """Of more than twelve variants in two panels, by whether their state grows; the reference stands in both."""
     records = []
