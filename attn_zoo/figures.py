@@ -29,7 +29,8 @@ LINES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (3, 1, 1, 1, 1,
 
 
 def figures(records: list[dict[str, Any]]) -> dict[str, Figure]:
-    """The figures by name: 'throughput', 'memory', 'decode', 'state', 'loss', 'probes', 'loss_time'; those whose numbers no cell reached are left out."""
+    """The figures by name: 'throughput', 'memory', 'decode', 'state', 'loss', 'probes', 'loss_time'; those whose numbers no cell reached are left out, and
+    curves against T of one length."""
     rows = summary.rows(records)
     styles = variant_styles(summary.variants_of(records))
     drawn = {
@@ -77,7 +78,7 @@ def decode(rows: list[Row], styles: dict) -> Figure | None:
     refed = [(REFED, r.seq_len, *[r.refeed_tokens_per_s] * 3) for r in known if r.variant == summary.REFERENCE and r.refeed_tokens_per_s]
     many, styles = len(styles) > MANY, styles | ({REFED: {"color": "0.5", "marker": "", "linestyle": "--"}} if refed else {})
     state = {r.variant: {own.seq_len: own.state_bytes for own in known if own.variant == r.variant} for r in known}
-    if not many or len({r.seq_len for r in known}) < 2:  # of one length there is no figure
+    if not many or len({r.seq_len for r in known}) < 2:
         return against_length(points + refed, styles, "generated tokens / s", log=True)
     both = [point for point in points if point[0] == summary.REFERENCE] + refed
     titles = {variant: f"state {'that grows with T' if len(set(sizes.values())) > 1 else 'of one size'}" for variant, sizes in state.items() if len(sizes) > 1}
@@ -189,7 +190,7 @@ def mean_curve(records: list[dict[str, Any]], variant: str, T: int) -> tuple[lis
 
 
 def against_length(points: list[tuple], styles: dict, title: str, log: bool, floors: dict | None = None) -> Figure | None:
-    """Points (variant, T, value, low, high) as one curve a variant with bars, T on a binary logarithmic axis."""
+    """Points (variant, T, value, low, high) as one curve a variant with bars, T on a binary logarithmic axis; None of fewer than two lengths."""
     if len({T for _, T, *_ in points}) < 2:
         return None  # the table tells it
     names = max((len(f"{name} 0.00 ↑") for name in floors or ()), default=0)

@@ -141,9 +141,9 @@ def scaling(table: list[Row]) -> list[Scaling]:
 
 
 def probes(records: list[dict[str, Any]]) -> list[Probe]:
-    """The scores on further splits, by length, variant and split, in the order of the records; empty where the task has none."""
+    """The scores on further splits, by length, variant and split, in the order of the records; empty where the task has none, or nothing was trained."""
     metric, groups = probe_metric(records), {}
-    for record in records:
+    for record in records if trained(records) else ():
         for split, scores in (record.get("probes") or {}).items() if record["status"] == "ok" else ():
             groups.setdefault((record["cell"]["seq_len"], record["cell"]["variant"], split), []).append(scores[metric])
     return [Probe(variant, T, split, *mean_interval(values), len(values)) for (T, variant, split), values in groups.items()]

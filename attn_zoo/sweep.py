@@ -64,15 +64,22 @@ def claim(workdir: str, experiment: Experiment, cells: list[Cell]) -> None:
     """Writes workdir/sweep.json; cells of earlier runs stay in it. Raises UserError if the workdir belongs to another sweep."""
     mine = dataclasses.asdict(experiment)
     listed = [{"id": c.id, "variant": c.variant, "seq_len": c.seq_len, "seed": c.seed} for c in cells]
-    earlier = load_sweep(workdir)
+    earlier = _earlier(workdir, experiment)
     if earlier is not None:
-        check_same_sweep(workdir, json.loads(json.dumps(mine)), earlier["experiment"])
         ids = {c["id"] for c in listed}
         listed += [c for c in earlier["cells"] if c["id"] not in ids]
     Path(workdir).mkdir(parents=True, exist_ok=True)
     temporary = Path(workdir, f".sweep.json.{os.getpid()}.tmp")
     temporary.write_text(json.dumps({"experiment": mine, "cells": listed}, indent=1) + "\n")
     os.replace(temporary, Path(workdir, "sweep.json"))
+
+
+def _earlier(workdir: str, experiment: Experiment) -> dict[str, Any] | None:
+    """What sweep.json says of earlier runs in the workdir. Raises UserError if they are of another sweep."""
+    earlier = load_sweep(workdir)
+    if earlier is not None:
+        check_same_sweep(workdir, json.loads(json.dumps(dataclasses.asdict(experiment))), earlier["experiment"])
+    return earlier
 
 
 def check_same_sweep(workdir: str, mine: dict, theirs: dict) -> None:
@@ -101,7 +108,7 @@ def run(experiment: Experiment, workdir: str, data_dir: str, display: Display, r
     lock = filelock.FileLock(Path(workdir, ".lock"), timeout=0)
     try:
         with lock:
-            claim(workdir, experiment, todo)
+            _earlier(workdir, experiment)
             return _run_claimed(experiment, todo, workdir, data_dir, display, retry, allow_download)
     except filelock.Timeout:
         raise UserError(f"another sweep is running in {workdir}; wait for it, or choose another --workdir") from None
@@ -118,6 +125,7 @@ def _run_claimed(experiment, todo, workdir, data_dir, display, retry, allow_down
             # Once, before anything is timed; the longest sequences ask most of the data.
             display.note(f"preparing {experiment.task}")
             load_task(experiment.task, max(experiment.seq_lens), data_dir, allow_download).prepare()
+        claim(workdir, experiment, todo)  # after what may refuse the task's options
         for cell in left:
             display.start(cell)
             done[cell.id] = run_cell(cell, workdir, data_dir, experiment.timeout_s, display, experiment.keep_parameters)

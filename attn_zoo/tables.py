@@ -62,11 +62,12 @@ def main_table(rows: list[Row], records: list[dict[str, Any]]) -> Table:
         if all(getattr(row, field) is None for row in rows):
             del columns[column]
     timed = any(row.step_s or row.decode_step_s or row.forward_backward_s or row.status not in ("ok", "floor") for row in rows)
+    of_steps = ("tokens/s", f"× {REFERENCE}", "step, ms (p20–p80)", unit, "of matmul, %")
     if not timed:  # compilations neither: where nothing was to be timed, cells may have run beside each other
-        for column in ("tokens/s", f"× {REFERENCE}", "step, ms (p20–p80)", "compile, s", unit, "of matmul, %"):
+        for column in (*of_steps, "compile, s"):
             del columns[column]
     elif any(row.decode_step_s for row in rows) and not any(row.step_s for row in rows):
-        for column in ("tokens/s", f"× {REFERENCE}", "step, ms (p20–p80)", unit, "of matmul, %"):
+        for column in of_steps:
             del columns[column]
     note = "Loss" + (" and accuracy" if "accuracy, %" in columns else "") + " on held-out data: mean ± 95 % interval over seeds (Student's t). "
     if not summary.trained(records):
@@ -147,8 +148,9 @@ def small_tables(rows: list[Row], records: list[dict[str, Any]]) -> list[str]:
     value = lambda r: with_interval(r.loss, r.loss_interval, summary.DECIMALS)
     title = LOSS_TITLES[loss][0].upper() + LOSS_TITLES[loss][1:]
     ran = [r for r in rows if r.status != "floor"]
+    scored = [_by_length(f"{title} on held-out data, ± 95 % interval over seeds", rows, value)] if summary.trained(records) else []
     return [
-        _by_length(f"{title} on held-out data, ± 95 % interval over seeds", rows, value),
+        *scored,
         _by_length(f"Tokens per second of the train step (times faster than `{REFERENCE}`)", ran, speed),
         _by_length("Temporary memory of the train step, MiB", ran, memory),
         *(f"{_markdown(note)}\n" for note in _footnotes(rows)),

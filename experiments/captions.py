@@ -5,7 +5,9 @@
 
 By the second command a Transformer writes the captions, and the variant stands in its cross-attention to the picture (model.where). Beside the share of captions
 without a mistake, the records' `written` says how often number, size, colour, form and relation are right in what the model writes, and of hard attention
-`estimator` how noisy its gradient is with the moving baseline and without. Some ten minutes a cell on two CPU cores.
+`estimator` how noisy its gradient is with the moving baseline and without. Some ten minutes a cell on two CPU cores. Other alignments go on in the same table:
+
+    python launch.py --config=experiments/captions.py --variants="dot, hard(estimator='straight_through')"
 """
 
 from attn_zoo.config import Experiment, Measure, Model, Train
@@ -13,7 +15,7 @@ from attn_zoo.config import Experiment, Measure, Model, Train
 experiment = Experiment(
     name="captions",
     task="shapes",
-    variants=("none", "additive", "dot", "hard", "hard(estimator='straight_through')"),
+    variants=("none", "additive", "hard", "hard(score_weight=0.1)"),
     seq_lens=(19,),  # the longest caption and its end
     seeds=(0, 1, 2),
     model=Model(body="recurrent", D=96, layers=1, N=4, where=("cross",)),

@@ -478,21 +478,22 @@ def test_of_one_length_there_is_no_curve():
 
 
 def test_what_was_not_trained_has_costs_alone():
-    records = [*map(decoded, sweep())]
+    records = [*map(probed, map(decoded, sweep()))]
     for record in records:
         record["cell"] = record["cell"] | {"train": record["cell"]["train"] | {"steps": 0}}
         record["speed"] = {}
     rows = markdown_rows(records)
     assert not {"bits per byte", "accuracy, %", "tokens/s", "of matmul, %"} & set(rows[0]) and rows[0]["decode, tokens/s"] == "2,000"
-    assert not [row for row in rows if row["variant"].startswith("floor")] and "loss" not in figures.figures(records)
+    assert not [row for row in rows if row["variant"].startswith("floor")] and not {"loss", "probes"} & set(figures.figures(records))
+    assert "probes.csv" not in report.tables(records) and "held-out" not in " ".join(report.small_tables(summary.rows(records), records))
 
 
-@pytest.mark.parametrize("count, lengths", [(2, LENGTHS), (12, LENGTHS), (14, LENGTHS)])
-def test_generation_is_drawn_beside_the_reference_re_fed(count, lengths):
+@pytest.mark.parametrize("count", [2, 12, 14])
+def test_generation_is_drawn_beside_the_reference_re_fed(count):
     """Of more than twelve variants in two panels, by whether their state grows; the reference stands in both."""
     records = []
     for n in range(count):
-        for T in lengths:
+        for T in LENGTHS:
             record = decoded(make("full" if n == 0 else "linear", T))
             record["cell"]["variant"] = "full" if n == 0 else f"variant{n}"
             record["decode"]["state_bytes"] = 8.0 if n % 2 else 8.0 * T
@@ -500,12 +501,12 @@ def test_generation_is_drawn_beside_the_reference_re_fed(count, lengths):
     drawn = figures.figures(records)["decode"]
     names = [[t.get_text() for t in (ax.get_legend() or drawn.legends[0]).get_texts()] for ax in drawn.axes]
     every, odd, even = [[f"variant{n}" for n in range(1, count) if n % 2 in parities] for parities in ((0, 1), (1,), (0,))]
-    two = count > 12 and len(lengths) > 1
+    two = count > 12
     assert [ax.get_title() for ax in drawn.axes] == (["state of one size", "state that grows with T"] if two else [""])
     assert names == ([["full", "full, re-fed", *odd], ["full", "full, re-fed", *even]] if two else [["full", *every, "full, re-fed"]])
     for ax in drawn.axes:
         lines = {tuple(line.get_ydata()) for line in ax.lines}
-        assert {(2000.0,) * len(lengths), (20.0,) * len(lengths)} <= lines
+        assert {(2000.0,) * len(LENGTHS), (20.0,) * len(LENGTHS)} <= lines
 
 
 def test_exact_match_has_a_column_where_a_task_has_floors_of_it():
@@ -561,6 +562,13 @@ def test_the_report_writes_every_file_and_the_page_needs_no_other(tmp_path):
         assert link.startswith("data:image/png;base64,")
         assert base64.b64decode(link.partition(",")[2], validate=True).startswith(b"\x89PNG\r\n")
     assert "local(window=128)" in page.text and "a <b> & c" in page.text and "any" in page.text
+    again = tmp_path / "again"
+    write_workdir(again, [probed(record) for record in sweep(lengths=LENGTHS[:1], seeds=(0,))])
+    (again / "figures").mkdir()
+    for kind in ("png", "pdf"):
+        (again / "figures" / f"throughput.{kind}").write_text("of two lengths")
+    report.write_report(again)
+    assert {path.stem for path in (again / "figures").iterdir()} == {"probes", "loss_time"}
 
 
 def test_a_thousand_records_are_reported(tmp_path):

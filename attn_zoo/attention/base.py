@@ -175,6 +175,8 @@ class Attention(nnx.Module):
             raise Unsupported(f"{self.variant.name} cannot attend across sequences: {self.cross}")
         if not self.rowwise:
             raise Unsupported(f"{self.variant.name} cannot attend from a decoder to an encoder: an output depends on the other queries, later targets among them")
+        if self.dims.causal:
+            raise Unsupported(f"{self.variant.name} was built with a causal mask; a decoder reads an encoder with causal=False")
 
     def init_cache(self, B: int, max_len: int) -> Cache:
         """The state before the first of at most `max_len` steps. Raises Unsupported unless the attention is causal.
@@ -183,7 +185,8 @@ class Attention(nnx.Module):
         """
         self.check_decoding(max_len)
         d = self.dims
-        heads = {"q": d.num_heads} | ({} if self.shares_query_key else {"k": d.num_kv_heads}) | {"v": d.num_kv_heads}
+        same = self.shares_query_key and d.num_kv_heads == d.num_heads
+        heads = {"q": d.num_heads} | ({} if same else {"k": d.num_kv_heads}) | {"v": d.num_kv_heads}
         return {name: jnp.zeros((B, max_len, n, d.head_dim), d.dtype) for name, n in heads.items()} | {"t": jnp.zeros((), jnp.int32)}
 
     def step(
@@ -202,22 +205,29 @@ class Attention(nnx.Module):
         return jax.lax.dynamic_slice_in_dim(o_BTNH, t, 1, 1), fed | {"t": t + 1}
 
     def init_cross_cache(self, k_BSKH: Float[Array, "B S K H"], v_BSKH: Float[Array, "B S K H"], max_len: int, *, valid_BS: Bool[Array, "B S"] | None = None) -> Cache:
-        """The state of cross-attention from at most `max_len` queries, one after the other, to these keys. Raises Unsupported as `check_cross`."""
+        """The state of cross-attention from at most `max_len` queries, one after the other, to these keys. Raises Unsupported as `check_cross`, UserError for what is longer than it was built for."""
         self.check_cross()
+        longest = max(max_len, k_BSKH.shape[1])
+        if longest > self.dims.max_len:
+            raise UserError(f"length {longest} is over max_len={self.dims.max_len} that this attention was built for")
         valid_BS = jnp.ones(k_BSKH.shape[:2], bool) if valid_BS is None else valid_BS
         k_BSKH, v_BSKH = (jnp.where(valid_BS[:, :, None, None], x, 0) for x in (k_BSKH, v_BSKH))  # as in a call
-        cache = {"k": k_BSKH, "v": v_BSKH, "valid": valid_BS, "t": jnp.zeros((), jnp.int32)}
+        return self.cross_state(k_BSKH, v_BSKH, valid_BS, max_len) | {"t": jnp.zeros((), jnp.int32)}
+
+    def cross_state(self, k_BSKH, v_BSKH, valid_BS, max_len: int) -> Cache:
+        """What `cross_step` needs beside 't'. This one keeps keys and values and, where a query's position has a meaning, room for all queries."""
         d = self.dims
-        return cache if self.anywhere else cache | {"q": jnp.zeros((len(k_BSKH), max_len, d.num_heads, d.head_dim), d.dtype)}
+        queries = {} if self.anywhere else {"q": jnp.zeros((len(k_BSKH), max_len, d.num_heads, d.head_dim), d.dtype)}
+        return {"k": k_BSKH, "v": v_BSKH, "valid": valid_BS} | queries
 
     def cross_step(self, q_B1NH: Float[Array, "B 1 N H"], cache: Cache) -> tuple[Float[Array, "B 1 N H"], Cache]:
         """(row cache['t'] of cross-attention, the state after it). Where the query's position has a meaning, all queries so far are fed again."""
         t = cache["t"]
+        attend = lambda q: self(q, cache["k"], cache["v"], valid_BS=cache["valid"], valid_BT=jnp.ones(q.shape[:2], bool))
         if self.anywhere:
-            o_B1NH = self(q_B1NH, cache["k"], cache["v"], valid_BS=cache["valid"])
-            return o_B1NH, cache | {"t": t + 1}
+            return attend(q_B1NH), cache | {"t": t + 1}
         q_BTNH = jax.lax.dynamic_update_slice_in_dim(cache["q"], q_B1NH.astype(cache["q"].dtype), t, 1)
-        o_BTNH = self(q_BTNH, cache["k"], cache["v"], valid_BS=cache["valid"])
+        o_BTNH = attend(q_BTNH)
         return jax.lax.dynamic_slice_in_dim(o_BTNH, t, 1, 1), cache | {"q": q_BTNH, "t": t + 1}
 
     def check_decoding(self, max_len: int) -> None:

@@ -83,9 +83,9 @@ class GlobalWindow(PatternAttention):
             o_B1NH = jnp.where(t < self.options.globals, softmax_row(scores, v, o_B1NH.dtype)[0], o_B1NH)
         return o_B1NH, cache | {"t": t + 1}
 
-    def init_cross_cache(self, k_BSKH, v_BSKH, max_len, *, valid_BS=None):
-        cache = super().init_cross_cache(k_BSKH, v_BSKH, max_len, valid_BS=valid_BS)
-        return cache | dict(zip(("global_k", "global_v"), self.mapped_keys(cache["k"], cache["v"]))) if self.separate else cache
+    def cross_state(self, k_BSKH, v_BSKH, valid_BS, max_len):
+        state = super().cross_state(k_BSKH, v_BSKH, valid_BS, max_len)
+        return state | dict(zip(("global_k", "global_v"), self.mapped_keys(k_BSKH, v_BSKH))) if self.separate else state
 
     def cross_step(self, q_B1NH, cache):
         o_B1NH, after = super().cross_step(q_B1NH, cache)

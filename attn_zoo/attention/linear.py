@@ -76,13 +76,12 @@ class KernelDecoding(Attention):
         sums_B1NR, state = state_step(phi_q, phi_k, with_ones(v_B1KH), cache["state"])
         return self.averages(sums_B1NR, q_B1NH.dtype), {"state": state, "t": cache["t"] + 1}
 
-    def init_cross_cache(self, k_BSKH, v_BSKH, max_len, *, valid_BS=None):
-        """The state after all keys, which every query reads alike."""
-        keys = super().init_cross_cache(k_BSKH, v_BSKH, max_len, valid_BS=valid_BS)
+    def cross_state(self, k_BSKH, v_BSKH, valid_BS, max_len):
+        """The sums over all keys, which every query reads alike."""
         d = self.dims
-        phi_k = self.features_at(jnp.zeros((len(k_BSKH), 1, d.num_heads, d.head_dim), d.dtype), keys["k"], 0)[1]
-        phi_k = jnp.where(keys["valid"][:, :, None, None], phi_k, 0)
-        return {"state": jnp.einsum("BSKR,BSKH->BKRH", phi_k, with_ones(keys["v"]), preferred_element_type=jnp.float32), "t": keys["t"]}
+        phi_k = self.features_at(jnp.zeros((len(k_BSKH), 1, d.num_heads, d.head_dim), d.dtype), k_BSKH, 0)[1]
+        phi_k = jnp.where(valid_BS[:, :, None, None], phi_k, 0)
+        return {"state": jnp.einsum("BSKR,BSKH->BKRH", phi_k, with_ones(v_BSKH), preferred_element_type=jnp.float32)}
 
     def cross_step(self, q_B1NH, cache):
         d = self.dims
@@ -90,9 +89,10 @@ class KernelDecoding(Attention):
         return self.averages(read_state(phi_q, cache["state"]), q_B1NH.dtype), cache | {"t": cache["t"] + 1}
 
     def averages(self, sums_B1NR, dtype):
-        """Weighted sums over the sums of weights, which stand last; zero where these are."""
+        """Weighted sums over the sums of weights, which stand last; zero where `linear_attention` gives zeros."""
         o_B1NH, norm_B1N1 = sums_B1NR[..., :-1], sums_B1NR[..., -1:]
-        return jnp.where(norm_B1N1 == 0, 0.0, o_B1NH / jnp.where(norm_B1N1 == 0, 1.0, norm_B1N1)).astype(dtype)
+        none_B1N1 = norm_B1N1 < jnp.finfo(norm_B1N1.dtype).tiny
+        return jnp.where(none_B1N1, 0.0, o_B1NH / jnp.where(none_B1N1, 1.0, norm_B1N1)).astype(dtype)
 
 
 class Linear(KernelDecoding):

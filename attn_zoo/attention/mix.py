@@ -89,10 +89,31 @@ class Mix(Attention):
 
     def divided(self, q_BTNH, k_BSKH, v_BSKH):
         """(queries, keys, values) of each part's heads."""
+        for (start, end), keys in zip(self.bounds, self.divided_keys(k_BSKH, v_BSKH)):
+            yield q_BTNH[:, :, start:end], *keys
+
+    def divided_keys(self, k_BSKH, v_BSKH):
+        """(keys, values) of each part's heads."""
         G = self.dims.num_heads // self.dims.num_kv_heads
         for (start, end), grouped in zip(self.bounds, self.grouped):
             take = lambda x: x[:, :, start // G : end // G] if grouped else repeat_kv(x, self.dims.num_heads)[:, :, start:end]
-            yield q_BTNH[:, :, start:end], take(k_BSKH), take(v_BSKH)
+            yield take(k_BSKH), take(v_BSKH)
+
+    def check_cross(self):
+        for part in self.parts:
+            part.check_cross()
+
+    def cross_state(self, k_BSKH, v_BSKH, valid_BS, max_len):
+        """Those of the parts."""
+        keys = self.divided_keys(k_BSKH, v_BSKH)
+        return {str(n): part.init_cross_cache(k, v, max_len, valid_BS=valid_BS) for n, (part, (k, v)) in enumerate(zip(self.parts, keys))}
+
+    def cross_step(self, q_B1NH, cache):
+        outputs, new = [], {"t": cache["t"] + 1}
+        for n, (part, (start, end)) in enumerate(zip(self.parts, self.bounds)):
+            o, new[str(n)] = part.cross_step(q_B1NH[:, :, start:end], cache[str(n)])
+            outputs.append(o)
+        return jnp.concatenate(outputs, axis=2), new
 
     def init_cache(self, B, max_len):
         """Those of the parts."""

@@ -39,7 +39,7 @@ class PatternAttention(SlotDecoding):
     """Scaled dot-product attention over `self.pattern(T, S)`."""
 
     def pattern(self, T: int, S: int) -> Pattern:
-        """The pairs seen among T queries and S keys, causality included."""
+        """The pairs seen among T queries and S keys, causality included. A row of it must not depend on T: a decoder asks for the rows of max_len, one by one."""
         raise NotImplementedError
 
     def seen(self):
@@ -54,10 +54,9 @@ class PatternAttention(SlotDecoding):
         T, S = q_BTNH.shape[1], k_BSKH.shape[1]
         return softmax_reference(q_BTNH, k_BSKH, v_BSKH, dense_mask(self.pattern(T, S), T, S, valid_BS))
 
-    def init_cross_cache(self, k_BSKH, v_BSKH, max_len, *, valid_BS=None):
+    def cross_state(self, k_BSKH, v_BSKH, valid_BS, max_len):
         """The keys and values: what one query sees of them is a row of the pattern."""
-        cache = super().init_cross_cache(k_BSKH, v_BSKH, max_len, valid_BS=valid_BS)
-        return {name: x for name, x in cache.items() if name != "q"}
+        return {"k": k_BSKH, "v": v_BSKH, "valid": valid_BS}
 
     def cross_step(self, q_B1NH, cache):
         t, S = cache["t"], cache["k"].shape[1]

@@ -66,7 +66,7 @@ class Rings(NamedTuple):
 
     counts: np.ndarray  # [levels], how many
     first: np.ndarray  # [levels], the slot that a level's ring begins at
-    seen: np.ndarray  # [T, R], the slots of what each query sees
+    slots: np.ndarray  # [T, R], of what each query sees
 
 
 @functools.lru_cache(maxsize=32)
@@ -121,7 +121,7 @@ class Tree(Attention):
         mean = lambda old, x: jnp.where(begins, 0.0, old[:, above]) + x * share
         cache = cache | {name: cache[name].at[:, above].set(mean(cache[name], x)) for name, x in (("k", k_B1KH), ("v", v_B1KH))}
         seen = jnp.asarray(nodes_seen(self.options.neighbours, self.dims.max_len, True)[1])
-        return attend_listed(q_B1NH, cache, jnp.asarray(kept.seen)[t], seen[t])[0], cache | {"t": t + 1}
+        return attend_listed(q_B1NH, cache, jnp.asarray(kept.slots)[t], seen[t])[0], cache | {"t": t + 1}
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         """Every span's mean by a matrix of its positions, every query's spans by walking outward from it."""

@@ -72,7 +72,7 @@ def _check_room(cache: Any, max_len: int) -> None:
 
 
 def restrict(logits_BV: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
-    """Logits over the temperature, NEG where top_k or top_p leave a token out. The most probable token always stays."""
+    """Logits over the temperature, the greatest at 0, NEG where top_k or top_p leave a token out. The most probable token always stays."""
     # Below the greatest and no colder than float32 can divide by, so that nothing overflows.
     logits_BV = (logits_BV - logits_BV.max(axis=-1, keepdims=True)) / max(sampling.temperature, 1e-30)
     order_BV = jnp.argsort(-logits_BV, axis=-1)  # equal ones by their ids

@@ -62,7 +62,7 @@ READERS: dict[str, ReaderVariant] = {
 
 
 class Reader(nnx.Module):
-    """A query with a blank and its document, to logits of the vocabulary."""
+    """A query with a blank and its document, to log P of the words of the vocabulary."""
 
     def __init__(self, model: config.Model, *, variant: Spec, vocab: int, max_len: int, document_len: int, rngs: nnx.Rngs):
         check(model.D % 2 == 0, "D", model.D, f"must be even, half for each direction of reading; nearest: {model.D + 1}")

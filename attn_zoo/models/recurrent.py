@@ -337,10 +337,10 @@ class Recurrent(nnx.Module):
 
     def encode(self, source: Array, source_valid: Array | None = None, key: Array | None = None) -> tuple[Float[Array, "B S D"], Float[Array, "B D"]]:
         """(the memory that the decoder reads, the summary that it starts from)."""
+        check_source(source, self.source_len, self.reads_picture)
         if self.reads_picture:
             memory_BSD = self.encoder(source, key=key)
             return memory_BSD, memory_BSD.mean(axis=1)
-        check_source(source, self.source_len)
         return self.encoder(source, valid_BS=source_valid, key=key)
 
     def start(self, B: int, max_len: int, *, source: Array, source_valid: Array | None = None, key: Array | None = None) -> dict[str, Any]:

@@ -187,7 +187,7 @@ class Transformer(nnx.Module):
         decoder = variant if not reads or "decoder" in model.where else full
         crossing = [] if not reads else variant if "cross" in model.where else parse_variant(model.cross)
         if "cross" not in stands:
-            _check_listed(crossing, {"layers": model.layers})
+            _check_listed(crossing, {"layers": model.layers}, f"model.cross={model.cross}: ")
         encoder = [] if not reads else variant if "encoder" in model.where else full
 
         dtype = jnp.dtype(model.dtype)
@@ -310,11 +310,11 @@ class Transformer(nnx.Module):
         return read_out(features, self.embedding.tokens[: self.num_outputs] if self.tied else self.readout[...])
 
 
-def _check_listed(specs: Sequence[Spec], depths: dict[str, int]) -> None:
+def _check_listed(specs: Sequence[Spec], depths: dict[str, int], whose: str = "") -> None:
     """Raises UserError for a list over layers that is longer than the deepest of the stacks it stands in, by the setting that says how deep."""
     setting, layers = max(depths.items(), key=lambda depth: depth[1])
     if len(specs) > layers:
-        raise UserError(f"a list of {len(specs)} variants, where {setting}={layers}; list at most {layers}")
+        raise UserError(f"{whose}a list of {len(specs)} variants, where {setting}={layers}; list at most {layers}")
 
 
 def pool(x_BTD: Float[Array, "B T D"], valid_BT: Bool[Array, "B T"] | None, kind: str) -> Float[Array, "B D"]:

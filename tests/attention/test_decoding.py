@@ -11,6 +11,8 @@ from flax import nnx
 from attn_zoo import VARIANTS, Unsupported, UserError, make_attention
 from attn_zoo.attention import find
 from attn_zoo.attention.base import Variant
+from attn_zoo.attention.linear import KernelDecoding
+from attn_zoo.attention.pattern import PatternAttention
 
 DECODERS = [name for name, v in VARIANTS.items() if v.causal is True]
 # At their default options, and at others that a short sequence tells apart from full attention.
@@ -168,14 +170,16 @@ CROSS_SPECS = [
     "linear(feature_map='cosformer')",
     "linformer(projection='conv', rank=5)",
     "mix(linear, local(window=3))",
+    "mix(hard, local(window=3))",
 ]
 
 
+@pytest.mark.parametrize("S", [7, 13])
 @pytest.mark.parametrize("name", CROSS_SPECS)
-def test_cross_attention_step_by_step_equals_the_parallel_form(name):
+def test_cross_attention_step_by_step_equals_the_parallel_form(name, S):
     attention = build(name, causal=False)
-    q, k, v = inputs(attention, 7, 13)
-    valid = jnp.arange(13) < jnp.array([[13], [9]])
+    q, k, v = inputs(attention, 7, S)
+    valid = jnp.arange(S) < jnp.array([[S], [4]])
     if not attention.rowwise:
         with pytest.raises(Unsupported, match="depends on the other queries"):
             attention.init_cross_cache(k, v, 7, valid_BS=valid)
@@ -188,7 +192,9 @@ def test_cross_attention_step_by_step_equals_the_parallel_form(name):
         step = lambda cache, q: attention.cross_step(q[:, None], cache)[::-1]
         return jax.lax.scan(step, attention.init_cross_cache(k, v, 7, valid_BS=valid), q.swapaxes(0, 1))[1][:, :, 0].swapaxes(0, 1)
 
-    assert_close(run(q, k, v), attention(q, k, v, valid_BS=valid), 2e-5)
+    assert_close(run(q, k, v), attention(q, k, v, valid_BS=valid, valid_BT=jnp.ones((2, 7), bool)), 2e-5)
+    cache = jax.eval_shape(lambda: attention.init_cross_cache(k, v, 7, valid_BS=valid))
+    assert all(x.ndim == 0 or x.shape[0] == 2 for x in jax.tree.leaves(cache)), "beam search reorders a state by its rows"
 
 
 @pytest.mark.parametrize("name", CROSS_SPECS)
@@ -200,7 +206,7 @@ def test_a_decoder_asks_one_query_at_a_time_wherever_its_position_means_nothing(
     attend = jax.jit(lambda q: attention(q, k, v))
     permuted = np.abs(np.asarray(attend(q[:, ::-1]) - attend(q)[:, ::-1])).max() < 1e-5
     assert attention.anywhere == permuted
-    if attention.anywhere:  # and then keeps no queries
+    if attention.anywhere or isinstance(attention, PatternAttention | KernelDecoding):  # and then keeps no queries
         assert "q" not in jax.eval_shape(lambda: attention.init_cross_cache(k, v, 7))
 
 
@@ -209,6 +215,25 @@ def test_what_cannot_cross_is_refused_at_equal_lengths_too(name):
     attention = build(name, causal=False)
     with pytest.raises(Unsupported, match="cannot attend across sequences"):
         attention.init_cross_cache(*inputs(attention, 7)[1:], 7)
+
+
+def test_keys_that_are_the_queries_are_kept_once_unless_heads_share_them():
+    for K, kept in ((4, {"q", "v", "t"}), (2, {"q", "k", "v", "t"})):
+        attention = make_attention("lsh", num_heads=4, num_kv_heads=K, head_dim=8, max_len=MAX_LEN, causal=True, rngs=nnx.Rngs(0))
+        q, _, v = inputs(attention, 9)
+        k = q[:, :, ::4 // K]
+        o, _ = steps(attention, q, k, v)
+        assert set(jax.eval_shape(lambda: attention.init_cache(2, 9))) == kept
+        assert_close(o[:, :1], attention(q[:, :1], k[:, :1], v[:, :1]), 2e-5)
+
+
+def test_cross_attention_is_not_causal_and_no_longer_than_built():
+    attention = build("local", causal=False)
+    q, k, v = inputs(attention, 5)
+    with pytest.raises(UserError, match=f"length {MAX_LEN + 1} is over max_len={MAX_LEN}"):
+        attention.init_cross_cache(k, v, MAX_LEN + 1)
+    with pytest.raises(Unsupported, match="built with a causal mask"):
+        build("local").init_cross_cache(k, v, 5)
 
 
 def test_a_decoder_is_causal_and_no_longer_than_built():

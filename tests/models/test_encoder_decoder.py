@@ -63,7 +63,7 @@ def test_every_variant_that_claims_cross_reads_an_encoder_or_says_why_not(name):
     assert (np.asarray(moved[0]) != np.asarray(logits[0])).any() or name == "hard", "the source is read"
 
 
-@pytest.mark.parametrize("name", ["hard", "full"])
+@pytest.mark.parametrize("name", ["hard", "full", "mix(hard, local(window=3))"])
 def test_a_source_as_long_as_the_target_is_not_taken_for_it(name):
     """What is valid of the source says nothing of the target, and what is padding there enters no log-probability."""
     model = make(name, where=("cross",), layers=1)

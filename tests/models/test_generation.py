@@ -192,6 +192,19 @@ def test_a_beam_of_width_one_is_greedy(variant):
     np.testing.assert_array_equal(tokens[:, 0], expected)
 
 
+@pytest.mark.parametrize("variant", GENERATING)
+def test_hypotheses_have_the_scores_that_the_parallel_form_gives_them(variant):
+    """So the rows of a state went with the tokens that they were made of."""
+    (model, source), prompt = make_any(variant, 2, seed=3), draw(2, 2, V, seed=4)
+    beam = Beam(width=3, alpha=0.0)
+    tokens_BWL, scores_BW = jax.jit(lambda p: beam_search(model.step, model.start(len(p), L, **source), p, L, end=V, beam=beam))(prompt)  # nothing is V
+    assert len({tuple(row) for row in np.asarray(tokens_BWL).reshape(-1, L).tolist()}) == 6
+    for n in range(beam.width):
+        log_p = jax.nn.log_softmax(model(tokens_BWL[:, n], **source))[:, 1:-1]
+        expected = jnp.take_along_axis(log_p, tokens_BWL[:, n, 2:, None], axis=-1)[..., 0].sum(axis=1)
+        np.testing.assert_allclose(scores_BW[:, n], expected, atol=2e-3)
+
+
 def test_rows_of_a_batch_are_searched_apart():
     model, prompt = make_model(source=True), draw(3, 2, V)
     source, end = draw(3, 10, 9, seed=1), 3

@@ -1,0 +1,21 @@
+"""How far back does a head learn to look? Adaptive spans in causal language modelling of bytes, by the weight of their penalty, beside full attention.
+
+    python launch.py --config=experiments/spans.py
+    python launch.py --plot_attention=results/spans
+
+The spans of all heads are in the records' `statistics`; the second command draws them, by layer, into attention/spans. Nothing is timed.
+"""
+
+from attn_zoo.config import Experiment, Measure, Model, Train
+
+experiment = Experiment(
+    name="spans",
+    task="bytes(objective='causal')",
+    variants=("full", *(f"adaptive_span(max_span=512, init=64, penalty={penalty})" for penalty in (2e-6, 2e-5, 2e-4))),
+    seq_lens=(512,),
+    seeds=(0,),
+    model=Model(D=128, layers=4, N=4, norm="rmsnorm", ffn="swiglu", positions="rotary"),
+    train=Train(steps=1000, tokens_per_step=8 * 512, lr=2e-3, warmup=100, log_every=20),
+    measure=Measure(modes=()),
+    keep_parameters=True,  # for --plot_attention
+)
