@@ -5,7 +5,10 @@
 
 By the second command a Transformer writes the captions, and the variant stands in its cross-attention to the picture (model.where). Beside the share of captions
 without a mistake, the records' `written` says how often number, size, colour, form and relation are right in what the model writes, and of hard attention
-`estimator` how noisy its gradient is with the moving baseline and without. Some ten minutes a cell on two CPU cores. Other alignments go on in the same table:
+`estimator` how noisy its gradient is with the moving baseline and without. Some ten minutes a cell on two CPU cores.
+
+Results (experiments/results/captions): 23 ± 22 % without a mistake by soft attention, 12 ± 5 % by hard attention with a score-function term of weight 0.1 and 6 ± 6 % with 1, 8 ± 2 % without
+attention. What tells them apart are forms and relations; number, size and colour come with the one vector, too. Other alignments go on in the same table:
 
     python launch.py --config=experiments/captions.py --variants="dot, hard(estimator='straight_through')"
 """

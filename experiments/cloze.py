@@ -2,7 +2,10 @@
 
     python launch.py --config=experiments/cloze.py
 
-Attention-over-attention (Cui et al. 2017), its ancestor the attention sum (Kadlec et al. 2016), and no attention to the text at all. Nothing is timed.
+Attention-over-attention (Cui et al. 2017), its ancestor the attention sum (Kadlec et al. 2016), and no attention to the text at all. Nothing is timed; a cell takes one to five minutes of a CPU core.
+
+Results (experiments/results/cloze): 36.9 ± 1.0 % by attention over attention, above the best guess by counts (30.6 %: the most frequent candidate that the query does not have); by the
+attention sum 27.2 ± 0.6 %, between that and counts alone (24.5 %); without attention 19 ± 3 %.
 """
 
 from attn_zoo.config import Experiment, Measure, Model, Train

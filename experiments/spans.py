@@ -14,8 +14,8 @@ experiment = Experiment(
     variants=("full", *(f"adaptive_span(max_span=512, init=64, penalty={penalty})" for penalty in (2e-6, 2e-5, 2e-4))),
     seq_lens=(512,),
     seeds=(0,),
-    model=Model(D=128, layers=4, N=4, norm="rmsnorm", ffn="swiglu", positions="rotary"),
-    train=Train(steps=1000, tokens_per_step=8 * 512, lr=2e-3, warmup=100, log_every=20),
+    model=Model(D=96, layers=3, N=4, norm="rmsnorm", ffn="swiglu", positions="rotary"),
+    train=Train(steps=1000, tokens_per_step=4 * 512, lr=2e-3, warmup=100, log_every=20),
     measure=Measure(modes=()),
     keep_parameters=True,  # for --plot_attention
 )
