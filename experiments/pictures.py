@@ -17,8 +17,8 @@ experiment = Experiment(
     variants=("none", "full", "local(window=8)", "axial(width=16)", "linear", "performer(features=32)"),
     seq_lens=(256,),
     seeds=(0, 1, 2),
-    model=Model(body="convnet", D=32, layers=3, N=1),
-    train=Train(steps=1500, tokens_per_step=32 * 256, lr=5e-3, warmup=50, weight_decay=0.01, log_every=20, eval_every=300, eval_tokens=1000 * 256),
+    model=Model(body="convnet", D=32, layers=3, N=4),
+    train=Train(steps=2500, tokens_per_step=32 * 256, lr=3e-3, warmup=50, weight_decay=0.01, log_every=20, eval_every=500, eval_tokens=1000 * 256),
     measure=Measure(modes=()),
     timeout_s=1800,
 )
