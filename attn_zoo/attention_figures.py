@@ -144,7 +144,8 @@ def whitened(picture_hwc: np.ndarray, weights_hw: np.ndarray) -> np.ndarray:
 def spans(learned: dict[str, list[np.ndarray]]) -> Figure:
     """What each head of each layer learned to look back, in positions: `learned` holds for each name [N] a layer. Sukhbaatar et al. 2019, fig. 3."""
     layers = max(map(len, learned.values()))
-    legend = len(learned) * 1.5 * FONT / 72 + 0.05
+    learned = {"\n".join(wrapped(name, COLUMN - 0.4)): by_layer for name, by_layer in learned.items()}
+    legend = sum(1 + name.count("\n") for name in learned) * 1.5 * FONT / 72 + 0.05
     figure = canvas(COLUMN, 2.1 + legend)
     ax = axes_at(figure, 0.5, 0.08, COLUMN - 0.6, 1.65)
     width = 0.7 / len(learned)

@@ -48,6 +48,9 @@ def write_attention(workdir: str | os.PathLike, data_dir: str) -> list[str]:
             lines.append(f"{png}: {title}: {what}")
         if by_layer := learned_spans(record):
             learned[title] = by_layer
+    tails = {title.partition(", T = ")[2] for title in learned}
+    if len(tails) == 1:  # of one length and seed: what differs is the variant
+        learned = {title.removesuffix(f", T = {next(iter(tails))}"): by_layer for title, by_layer in learned.items()}
     if learned:
         (png, _) = _save(attention_figures.spans(dict(reversed(learned.items()))), Path(workdir, "attention"), "spans")
         lines.append(f"{png}: learned spans of all heads")

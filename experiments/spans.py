@@ -3,7 +3,10 @@
     python launch.py --config=experiments/spans.py
     python launch.py --plot_attention=results/spans
 
-The spans of all heads are in the records' `statistics`; the second command draws them, by layer, into attention/spans. Nothing is timed.
+The spans of all heads are in the records' `statistics`; the second command draws them, by layer, into attention/spans. Nothing is timed; three to five minutes a cell on two CPU cores.
+
+Results (experiments/results/spans, docs/spans.png; one seed): with the paper's penalty of 2e-6 spans stay between 0 and 74 positions, with 2e-4 nearly all go to 0, which leaves the ramp,
+the last 31 positions. In these steps the loss does not suffer: 2.10, 2.10 and 2.09 bits per byte, and 2.15 with full attention.
 """
 
 from attn_zoo.config import Experiment, Measure, Model, Train

@@ -98,7 +98,7 @@ def test_parameters_of_the_variant_are_counted_apart():
         (lambda: make(T=25), "seq_len=25: must be the cells of a grid that the network has with layers=3: 96, 24, 6"),
         (lambda: make(D=7, N=1), "D=7: must be even"),
         (lambda: make(D=6, N=2), "channels=6: must be a multiple of 2 N = 4"),
-        (lambda: make("full / linear"), "[full, linear]: a convolutional network has one layer of attention"),
+        (lambda: make("full / linear"), "a list of 2 variants: a convolutional network has one layer of attention"),
         (lambda: make(task=TASK | {"inputs_vocab": 9}), "model.body='convnet' reads a picture and no tokens"),
         (lambda: make(task=TASK | {"num_outputs": 1}), "num_outputs=1: must be a whole number of at least 2"),
         (lambda: make()(jnp.zeros((1, 12, 8, 3))), "picture=(12, 8, 3): must have the shape (8, 12, 3)"),
