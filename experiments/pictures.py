@@ -6,7 +6,10 @@
 T is the number of cells of the grid that attention sees: 16 x 16 of a picture of 32 x 32, after the second of three stages. `local` sees neighbours in the row, `axial`
 row and column. Nothing else carries what a cell saw across the picture. What the layer's gate, which starts at 0, has become is in the records' `statistics`.
 
-The answer comes suddenly, if it comes: at 50 % a variant may be one that cannot, or one that has not yet, as `full` with seed 0 after these 1500 steps.
+The answer comes suddenly, if it comes: at 50 % a variant may be one that cannot, or one that has not yet. Four to six minutes a cell on two CPU cores.
+
+Results (experiments/results/pictures, one seed, three of the variants): `full` tells 98.7 %, from some 700 steps on; `local` and the network alone stay at the floor in loss, and below it
+in accuracy (41 and 35 %), since what is judged are combinations never trained on.
 """
 
 from attn_zoo.config import Experiment, Measure, Model, Train
