@@ -17,7 +17,7 @@ from flax import nnx
 
 from attn_zoo.attention.base import Bound, Drawn, Paper, Variant
 from attn_zoo.attention.linear import KernelDecoding, kernel_reference, state_flops
-from attn_zoo.ops.linear import linear_attention
+from attn_zoo.ops.linear import linear_attention, linear_attention_by_chunks
 from attn_zoo.ops.rows import dot_rows
 from attn_zoo.spec import check, check_int
 
@@ -61,8 +61,11 @@ class Performer(KernelDecoding):
         self.directions = Features(draw(rngs.params(), options.features, dims.head_dim))
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
+        if not self.dims.causal:
+            w_RH = self.directions_for(key)
+            return linear_attention_by_chunks(lambda q: query_features(q, w_RH), lambda k: key_features(k, w_RH), q_BTNH, k_BSKH, v_BSKH, valid_BS)
         backend = self.backend(valid_BS is not None)
-        return linear_attention(*self.features(q_BTNH, k_BSKH, valid_BS, key), v_BSKH, causal=self.dims.causal, backend=backend)
+        return linear_attention(*self.features(q_BTNH, k_BSKH, valid_BS, key), v_BSKH, causal=True, backend=backend)
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         return kernel_reference(*self.features(q_BTNH, k_BSKH, valid_BS, key), v_BSKH, causal=self.dims.causal)
@@ -72,18 +75,32 @@ class Performer(KernelDecoding):
 
     def features(self, q_BTNH, k_BSKH, valid_BS, key):
         """(phi(q), phi(k)), float32, zeros for invalid keys."""
-        w_RH = self.directions[...]
+        w_RH = self.directions_for(key)
+        phi_q, phi_k = query_features(q_BTNH, w_RH), key_features(k_BSKH, w_RH)
+        return phi_q, phi_k if valid_BS is None else jnp.where(valid_BS[:, :, None, None], phi_k, 0)
+
+    def directions_for(self, key):
+        """Those of this call, [R, H]."""
         if self.options.redraw and key is not None:
             w_RH = draw(key, self.options.features, self.dims.head_dim)
             self.leave("directions", w_RH)
-        q, k = (exponents(x, w_RH) for x in (q_BTNH, k_BSKH))
-        phi_q = jnp.exp(q - jax.lax.stop_gradient(q.max(axis=-1, keepdims=True)))
-        phi_k = jnp.exp(jnp.minimum(k, LARGEST))
-        return phi_q, phi_k if valid_BS is None else jnp.where(valid_BS[:, :, None, None], phi_k, 0)
+            return w_RH
+        return self.directions[...]
 
     def flops(self, B, T, S):
         d = self.dims
         return flops(self.options, B, T, S, d.num_heads, d.head_dim, d.causal, K=d.num_kv_heads)
+
+
+def query_features(q_BTNH, w_RH):
+    """phi of queries, over their largest."""
+    q = exponents(q_BTNH, w_RH)
+    return jnp.exp(q - jax.lax.stop_gradient(q.max(axis=-1, keepdims=True)))
+
+
+def key_features(k_BSKH, w_RH):
+    """phi of keys."""
+    return jnp.exp(jnp.minimum(exponents(k_BSKH, w_RH), LARGEST))
 
 
 def exponents(x_BTNH, w_RH):

@@ -1,14 +1,17 @@
 """Linearized attention: feature-mapped keys and values summed once, or scanned in chunks when causal. Shared by all kernel variants."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from attn_zoo.ops.pallas_linear import causal_sums
 from attn_zoo.ops.rows import scale_rows
 
 CHUNK = 128  # positions per step of the causal scan
+FEATURES_CHUNK = 256  # positions whose features are made at once
 
 
 def linear_attention(
@@ -18,9 +21,7 @@ def linear_attention(
 
     Features must not be negative in sum over a row; invalid keys are given as phi(k) = 0. A row whose denominator is zero, or subnormal, gives zeros.
     """
-    o_BTNH, norm_BTN = kernel_sums(phi_q_BTNR, phi_k_BSKR, v_BSKH, causal=causal, backend=backend)
-    none_BTN = norm_BTN < jnp.finfo(norm_BTN.dtype).tiny  # whose inverse would not be finite
-    return scale_rows(o_BTNH, jnp.where(none_BTN, 0.0, 1 / jnp.where(none_BTN, 1.0, norm_BTN)))
+    return divided(*kernel_sums(phi_q_BTNR, phi_k_BSKR, v_BSKH, causal=causal, backend=backend))
 
 
 def kernel_sums(
@@ -45,6 +46,52 @@ def kernel_sums(
     total_BKR = k_BSKR.sum(axis=1)
     o_BTKGH = jnp.einsum("BTKGR,BKRH->BTKGH", q_BTKGR, state_BKRH)
     return o_BTKGH.reshape(B, T, N, H), jnp.einsum("BTKGR,BKR->BTKG", q_BTKGR, total_BKR).reshape(B, T, N)
+
+
+def linear_attention_by_chunks(
+    phi_q: Callable[[Array], Array],
+    phi_k: Callable[[Array], Array],
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    valid_BS: Bool[Array, "B S"] | None,
+) -> Float[Array, "B T N H"]:
+    """linear_attention over all keys, for many features: made a chunk of positions at a time, and again in the backward pass, they need no memory that grows with T.
+
+    phi_q and phi_k map [B, heads, positions, H] to [B, heads, positions, R], float32 at least. Keys that are not valid count nothing.
+    """
+    (B, T, N, _), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
+    c = min(FEATURES_CHUNK, max(T, S))
+    valid_BS = jnp.ones((B, S), bool) if valid_BS is None else valid_BS
+
+    def chunked(x):  # [B, positions, ...] -> [chunks, B, c, ...], with zeros at the end, which for `valid_BS` are False
+        n = -(-x.shape[1] // c)
+        x = jnp.pad(x, [(0, 0), (0, n * c - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(B, n, c, *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def add(state_BKRH, chunk):
+        k, v, valid = chunk
+        phi_BKSR = jnp.where(valid[:, None, :, None], phi_k(k.swapaxes(1, 2)), 0)
+        return state_BKRH + jnp.einsum("BKSR,BKSH->BKRH", phi_BKSR, with_ones(v.swapaxes(1, 2))), None
+
+    @jax.checkpoint
+    def read(q):
+        phi_BNTR = phi_q(q.swapaxes(1, 2))
+        sums_BKGTH = jnp.einsum("BKGTR,BKRH->BKGTH", phi_BNTR.reshape(B, K, N // K, c, -1), state_BKRH)
+        sums_BTNH = sums_BKGTH.reshape(B, N, c, -1).swapaxes(1, 2)
+        return divided(sums_BTNH[..., :-1], sums_BTNH[..., -1])
+
+    keys = [chunked(x) for x in (k_BSKH, v_BSKH, valid_BS)]
+    start = jax.eval_shape(lambda k, v: jnp.einsum("BKSR,BKSH->BKRH", phi_k(k.swapaxes(1, 2)), with_ones(v.swapaxes(1, 2))), keys[0][0], keys[1][0])
+    state_BKRH, _ = lax.scan(add, jnp.zeros(start.shape, start.dtype), keys)
+    return jnp.moveaxis(lax.map(read, chunked(q_BTNH)), 0, 1).reshape(B, -1, N, v_BSKH.shape[3])[:, :T]
+
+
+def divided(o_BTNH: Float[Array, "B T N H"], norm_BTN: Float[Array, "B T N"]) -> Float[Array, "B T N H"]:
+    """o / norm; zeros where the norm is zero or subnormal, whose inverse would not be finite."""
+    none_BTN = norm_BTN < jnp.finfo(norm_BTN.dtype).tiny
+    return scale_rows(o_BTNH, jnp.where(none_BTN, 0.0, 1 / jnp.where(none_BTN, 1.0, norm_BTN)))
 
 
 def init_state(B: int, K: int, R: int, H: int) -> dict[str, Array]:
