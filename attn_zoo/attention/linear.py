@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from attn_zoo.attention.base import Attention, Bound, Paper, Variant, repeat_kv
 from attn_zoo.ops import backends
-from attn_zoo.ops.linear import init_state, linear_attention, read_state, state_step, with_ones
+from attn_zoo.ops.linear import divided, init_state, linear_attention, read_state, state_step, with_ones
 from attn_zoo.spec import check, check_choice, check_int
 
 
@@ -74,7 +74,7 @@ class KernelDecoding(Attention):
     def step(self, q_B1NH, k_B1KH, v_B1KH, cache):
         phi_q, phi_k = self.features_at(q_B1NH, k_B1KH, cache["t"])
         sums_B1NR, state = state_step(phi_q, phi_k, with_ones(v_B1KH), cache["state"])
-        return self.averages(sums_B1NR, q_B1NH.dtype), {"state": state, "t": cache["t"] + 1}
+        return divided(sums_B1NR[..., :-1], sums_B1NR[..., -1]).astype(q_B1NH.dtype), {"state": state, "t": cache["t"] + 1}
 
     def cross_state(self, k_BSKH, v_BSKH, valid_BS, max_len):
         """The sums over all keys, which every query reads alike."""
@@ -86,13 +86,8 @@ class KernelDecoding(Attention):
     def cross_step(self, q_B1NH, cache):
         d = self.dims
         phi_q, _ = self.features_at(q_B1NH, jnp.zeros((len(q_B1NH), 1, d.num_kv_heads, d.head_dim), d.dtype), cache["t"])
-        return self.averages(read_state(phi_q, cache["state"]), q_B1NH.dtype), cache | {"t": cache["t"] + 1}
-
-    def averages(self, sums_B1NR, dtype):
-        """Weighted sums over the sums of weights, which stand last; zero where `linear_attention` gives zeros."""
-        o_B1NH, norm_B1N1 = sums_B1NR[..., :-1], sums_B1NR[..., -1:]
-        none_B1N1 = norm_B1N1 < jnp.finfo(norm_B1N1.dtype).tiny
-        return jnp.where(none_B1N1, 0.0, o_B1NH / jnp.where(none_B1N1, 1.0, norm_B1N1)).astype(dtype)
+        sums_B1NR = read_state(phi_q, cache["state"])
+        return divided(sums_B1NR[..., :-1], sums_B1NR[..., -1]).astype(q_B1NH.dtype), cache | {"t": cache["t"] + 1}
 
 
 class Linear(KernelDecoding):
