@@ -181,13 +181,11 @@ class Transformer(nnx.Module):
         if self.reads_picture and model.share_embeddings:
             raise UserError("share_embeddings=True: a picture has no token embeddings to share; use share_embeddings=False")
         full = parse_variant("full")
-        stands = set(model.where) & set(places) if reads else {"decoder"}
-        in_encoder = {"encoder_layers": model.encoder_layers} if model.encoder_layers else {"layers": model.layers}
-        _check_listed(variant, ({"layers": model.layers} if stands - {"encoder"} else {}) | (in_encoder if "encoder" in stands else {}))
+        _check_listed(model, variant, set(model.where) & set(places) if reads else {"decoder"})
         decoder = variant if not reads or "decoder" in model.where else full
         crossing = [] if not reads else variant if "cross" in model.where else parse_variant(model.cross)
-        if "cross" not in stands:
-            _check_listed(crossing, {"layers": model.layers}, f"model.cross={model.cross}: ")
+        if crossing and "cross" not in model.where:
+            _check_listed(model, crossing, {"cross"}, f"model.cross={model.cross}: ")
         encoder = [] if not reads else variant if "encoder" in model.where else full
 
         dtype = jnp.dtype(model.dtype)
@@ -310,9 +308,10 @@ class Transformer(nnx.Module):
         return read_out(features, self.embedding.tokens[: self.num_outputs] if self.tied else self.readout[...])
 
 
-def _check_listed(specs: Sequence[Spec], depths: dict[str, int], whose: str = "") -> None:
+def _check_listed(model: config.Model, specs: Sequence[Spec], places: set[str], whose: str = "") -> None:
     """Raises UserError for a list over layers that is longer than the deepest of the stacks it stands in, by the setting that says how deep."""
-    setting, layers = max(depths.items(), key=lambda depth: depth[1])
+    of = {"encoder": "encoder_layers" if model.encoder_layers else "layers"}
+    setting, layers = max(((name, getattr(model, name)) for name in (of.get(place, "layers") for place in sorted(places))), key=lambda depth: depth[1])
     if len(specs) > layers:
         raise UserError(f"{whose}a list of {len(specs)} variants, where {setting}={layers}; list at most {layers}")
 
