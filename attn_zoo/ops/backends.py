@@ -79,13 +79,16 @@ def _splash_serves(dtype, head_dim: int, modified: bool) -> bool | str:
 
 def _cudnn(q_BTNH, k_BSKH, v_BSKH, *, pattern, valid_BS, score_mod, scale):
     window = None if pattern.back is None else (pattern.back, 0)
-    T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+    (B, T), S = q_BTNH.shape[:2], k_BSKH.shape[1]
     # Queries more than a window beyond the last key see nothing, which is zero here and undefined there.
     rows = T if window is None else min(T, S + pattern.back)
     lengths = {} if valid_BS is None else {"key_value_seq_lengths": jnp.maximum(valid_BS.sum(axis=1, dtype=jnp.int32), 1)}
+    if rows % 2 or S % 2:  # which JAX refuses where gradients are taken: one position more, and how many there are
+        lengths = {"query_seq_lengths": jnp.full((B,), rows, jnp.int32), "key_value_seq_lengths": jnp.full((B,), S, jnp.int32)} | lengths
+    even = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
     o_BTNH = jax.nn.dot_product_attention(
-        q_BTNH[:, :rows], k_BSKH, v_BSKH, scale=scale, is_causal=pattern.ahead == 0, local_window_size=window, implementation="cudnn", **lengths
-    )
+        *map(even, (q_BTNH[:, :rows], k_BSKH, v_BSKH)), scale=scale, is_causal=pattern.ahead == 0, local_window_size=window, implementation="cudnn", **lengths
+    )[:, :rows]
     if valid_BS is not None:  # of a sequence without a valid key one was taken to be
         o_BTNH = jnp.where(valid_BS.any(axis=1)[:, None, None, None], o_BTNH, 0)
     return jnp.pad(o_BTNH, ((0, 0), (0, T - rows), (0, 0), (0, 0))), None

@@ -7,12 +7,13 @@ import types
 import jax
 import jax._src.cudnn.fused_attention_stablehlo as cudnn
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from attn_zoo import VARIANTS, make_attention
 from attn_zoo.ops import backends
 from attn_zoo.ops.backends import attention, choose
-from attn_zoo.ops.blocked import ScoreMod
+from attn_zoo.ops.blocked import ScoreMod, blocked_attention
 from attn_zoo.ops.patterns import CAUSAL, FULL, Band, Pattern, Prefix
 from attn_zoo.spec import UserError
 
@@ -271,6 +272,28 @@ def test_the_lengths_are_those_of_the_valid_keys_and_a_row_without_any_is_zero(g
     o = attention(q, k, v, pattern=CAUSAL, valid_BS=jnp.arange(48)[None] < jnp.array([[30], [0]]), padding="end", backend="cudnn")
     assert seen["key_value_seq_lengths"].tolist() == [30, 1]
     assert (o[0] == 1).all() and (o[1] == 0).all()
+
+
+@pytest.mark.parametrize("T, S", [(47, 47), (48, 47), (47, 48), (20, 15), (15, 20)])
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("pattern", [FULL, CAUSAL, Band(4, 0)], ids=["full", "causal", "causal-window"])
+def test_odd_lengths_reach_cudnn_as_even_ones(pattern, masked, T, S, gpu, monkeypatch):
+    """JAX refuses the gradients of odd ones. Outputs and gradients are those without the positions added, computed by JAX's XLA form of the same call."""
+    if masked and pattern == Band(4, 0):
+        pytest.skip("refused: see REFUSED")
+    shape = lambda length, heads: jax.ShapeDtypeStruct((2, length, heads, 16), jnp.bfloat16)
+    text = lowered(lambda q, k, v: attention(q, k, v, pattern=pattern, backend="cudnn"), [shape(T, 4), shape(S, 2), shape(S, 2)], ("cuda",))
+    assert text.count("__cudnn$fmhaSoftmaxBackward") == 1
+
+    asked = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *args, **options: asked(*args, **options | {"implementation": "xla"}))
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v = (jax.random.normal(key, (2, length, heads, 16)) for key, length, heads in zip(keys, (T, S, S), (4, 2, 2)))
+    valid = jnp.arange(S)[None] < jnp.array([[S], [S // 2]]) if masked else None
+    direction = jax.random.normal(keys[3], q.shape)
+    loss = lambda run: jax.value_and_grad(lambda *args: (run(*args, pattern=pattern, valid_BS=valid)[0] * direction).sum(), (0, 1, 2))(q, k, v)
+    cudnn_of = lambda *args, **options: backends.RUN["cudnn"](*args, **options, score_mod=None, scale=None)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), loss(cudnn_of), loss(blocked_attention))
 
 
 def test_grouped_heads_reach_cudnn_as_they_are(gpu):
