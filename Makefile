@@ -4,9 +4,10 @@ PYTHON ?= python3
 LOCK := locks/$(ACCELERATOR).txt
 READY := .venv/.ready-$(ACCELERATOR)
 PEERS_READY := .venv-peers/.ready
+CUDA_READY := .venv-cuda/.ready
 CHECK_PYTHON = @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "attn_zoo needs Python 3.11 or later; this is " + sys.version.split()[0] + ". Try: make venv PYTHON=python3.11")'
 
-.PHONY: sweep test test-peers bench bench-gpu venv locks
+.PHONY: sweep test test-peers test-cuda bench bench-gpu venv locks
 
 sweep: $(READY)
 	.venv/bin/python launch.py --config=experiments/seq_len.py --workdir=results/seq_len
@@ -17,6 +18,10 @@ test: $(READY)
 # Agreement with the PyTorch packages of others, on the CPU; without them `make test` skips these tests.
 test-peers: $(PEERS_READY)
 	.venv-peers/bin/python -m pytest tests/peers
+
+# Compiling for NVIDIA GPUs, on a machine that has none; without JAX's CUDA plugin `make test` skips these tests.
+test-cuda: $(CUDA_READY)
+	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m pytest -n 2 tests/ahead
 
 # Attention alone beside the PyTorch packages of others, in one run.
 bench: $(PEERS_READY)
@@ -46,6 +51,14 @@ $(PEERS_READY): locks/cpu.txt setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r locks/cpu.txt
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[peers]'
+	touch $@
+
+$(CUDA_READY): locks/cuda13.txt setup.cfg pyproject.toml
+	$(CHECK_PYTHON)
+	rm -f $@
+	$(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r locks/cuda13.txt
+	.venv-cuda/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
 # Renew the locks (needs uv: https://docs.astral.sh/uv).

@@ -35,7 +35,8 @@ def delta_rule(
     if backend == "pallas":
         q, k, v, beta = (x.astype(wide) for x in (q_BTNR, k_BTKR, v_BTKH, beta_BTK))
         c = chunk_of(T, CHUNK)
-        return corrected_sums(q, k, *wy_form(k, v, beta, c), chunk=c)
+        # The systems are solved in float32; between chunks the matrix units multiply in the precision of the values, and add in float32.
+        return corrected_sums(*(x.astype(v_BTKH.dtype) for x in (q, k, *wy_form(k, v, beta, c))), chunk=c)
     c = min(CHUNK, 1 << (T - 1).bit_length())
     chunks = -(-T // c)
 

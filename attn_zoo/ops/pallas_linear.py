@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
@@ -52,12 +53,13 @@ def causal_sums(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """(sum_{j <= t} exp(L_t - L_j) (q_t'k_j) v_j, the same with 1 for v_j), float32; L is the running sum of the log decays, or 0. See ops.linear, ops.decayed.
 
-    All sums are in float32; of bfloat16 inputs, factors of products are bfloat16. Raises Unsupported, with the reason, for what `serves` refuses.
+    All sums are in float32; of bfloat16 values, all factors of products are bfloat16, as the matrix units want them. Raises Unsupported, with the reason, for what `serves` refuses.
     """
     form, length, (q, k, v) = _whole(CHUNK, q_BTNR, k_BTKR, v_BTKH)
     L = None
     if log_decay_BTK is not None:
-        steps = _pad(log_decay_BTK.astype(jnp.float32), {1: length}).reshape(len(v), -1, form.chunk, v.shape[2])
+        # Of a decay that is a constant XLA would compute the sums while it compiles, for ten seconds and more.
+        steps = lax.optimization_barrier(_pad(log_decay_BTK.astype(jnp.float32), {1: length})).reshape(len(v), -1, form.chunk, v.shape[2])
         L = jnp.moveaxis(jnp.cumsum(steps, axis=2).reshape(len(v), length, -1), 1, 2)
     o, norm = _scan(form, True, q, k, v, L, None)
     T, H = q_BTNR.shape[1], v_BTKH.shape[3]
@@ -81,8 +83,8 @@ def chunk_of(T: int, most: int) -> int:
 
 
 def _whole(chunk: int, *arrays, corrected: int = 0):
-    """(form, positions, arrays): in one dtype and in whole chunks and tiles. The first arrays are [..., R], the last one [..., H]."""
-    dtype = jnp.result_type(*arrays)
+    """(form, positions, arrays): in one dtype, bfloat16 if the values are, and in whole chunks and tiles. The first arrays are [..., R], the last one [..., H]."""
+    dtype = arrays[-1].dtype if arrays[-1].dtype == jnp.bfloat16 else jnp.result_type(*arrays)
     reason = serves(dtype, corrected)
     if reason is not True:
         raise Unsupported(f"the Pallas kernels cannot serve here: {reason}")

@@ -1,0 +1,109 @@
+"""The Pallas kernels, compiled for GPUs: they fit into shared memory and spill little, with the tiles that the tables give them."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ahead import A6000, H200, assembled, compiled
+from attn_zoo.attention.fixed import OtherBlocks
+from attn_zoo.attention.memory_compressed import PastSlots
+from attn_zoo.attention.poolingformer import NearSlots
+from attn_zoo.ops import pallas_linear, tuning
+from attn_zoo.ops.blocked import ScoreMod
+from attn_zoo.ops.delta import delta_rule
+from attn_zoo.ops.mosaic_attention import mosaic_attention
+from attn_zoo.ops.pallas_attention import pallas_attention
+from attn_zoo.ops.patterns import CAUSAL, FULL, Band, BlockTable, Every, Prefix
+
+DTYPES = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32], ids=["bf16", "f16", "f32"])
+KINDS = pytest.mark.parametrize("kind", [H200, A6000])
+SPILLED = 512  # bytes a thread, at most
+
+
+def bend(scores, i, j, params):
+    """A soft cap and a slope by distance."""
+    return params["cap"] * jnp.tanh(scores / params["cap"]) - params["slope"] * abs(i - j)
+
+
+def attends(dtype, H, **kwargs):
+    """(forward and backward of a kernel call, its shapes)."""
+    shapes = [jax.ShapeDtypeStruct((2, 1000, heads, H), dtype) for heads in (4, 2, 2)]
+    loss = lambda q, k, v: sum(x.astype(jnp.float32).sum() for x in pallas_attention(q, k, v, **kwargs))
+    return jax.value_and_grad(loss, (0, 1, 2)), *shapes
+
+
+def scans(name, dtype, R):
+    """The same of a scan, with keys and queries of R features."""
+    shapes = [jax.ShapeDtypeStruct((2, 1000, *rest), dtype) for rest in ((4, R), (2, R), (2, 64))] + [jax.ShapeDtypeStruct((2, 1000, 2), jnp.float32)]
+    run = {
+        "linear": lambda q, k, v, _: pallas_linear.causal_sums(q, k, v),
+        "decayed": pallas_linear.causal_sums,
+        "delta": lambda q, k, v, beta: delta_rule(q, k, v, beta, backend="pallas"),
+    }[name]
+    return jax.value_and_grad(lambda *args: sum(x.sum() for x in jax.tree.leaves(run(*args))), (0, 1, 2, 3)), *shapes
+
+
+@KINDS
+@DTYPES
+@pytest.mark.parametrize("H", [16, 64, 128, 256])
+def test_attention_fits(kind, dtype, H, monkeypatch):
+    monkeypatch.setattr(tuning, "_device_kind", lambda: kind)
+    found = assembled(*attends(dtype, H, pattern=CAUSAL), gpu=kind)
+    assert set(found) == {"forward_kernel", "dq_kernel", "dkv_kernel"}
+    assert {name: kernel.spilled for name, kernel in found.items() if kernel.spilled > SPILLED} == {}
+    if kind == H200 and dtype != jnp.float32:
+        assert all("wgmma.mma_async" in kernel.ptx for kernel in found.values()), "products without Hopper's own instructions"
+
+
+def everything(dtype, H):
+    """All that the attention kernels can be asked for: tables, slots, strides, a score modification with gradients, validity, a head dim to be padded."""
+    table = BlockTable(64, tuple((i % 5, (i + 3) % 11) for i in range(16)))
+    shapes = [jax.ShapeDtypeStruct((2, 1000, heads, H), dtype) for heads in (4, 2, 2)]
+    shapes += [{name: jax.ShapeDtypeStruct((4,), jnp.float32) for name in ("cap", "slope")}, jax.ShapeDtypeStruct((2, 1000), bool)]
+
+    def loss(q, k, v, params, valid):
+        pattern = CAUSAL & (Prefix(7) | table | Every(5)) | PastSlots(3, 5, True) | NearSlots(4, -9, 11)
+        return sum(x.astype(jnp.float32).sum() for x in pallas_attention(q, k, v, pattern=pattern, valid_BS=valid, score_mod=ScoreMod(bend, params)))
+
+    return jax.value_and_grad(loss, (0, 1, 2, 3)), *shapes
+
+
+@KINDS
+@DTYPES
+@pytest.mark.parametrize("H", [40, 128])
+def test_attention_with_everything_compiles(kind, dtype, H, monkeypatch):
+    monkeypatch.setattr(tuning, "_device_kind", lambda: kind)
+    text = compiled(*everything(dtype, H), gpu=kind).as_text()
+    assert "1000,1000]" not in text and "1024,1024]" not in text, "a dense mask or score matrix"
+
+
+SCANS = [(name, R) for name in ("linear", "decayed") for R in (64, 256)] + [("delta", 64), ("delta", 128)]
+
+
+@KINDS
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
+@pytest.mark.parametrize("name, R", SCANS)
+def test_scans_fit(name, R, dtype, kind):
+    found = assembled(*scans(name, dtype, R), gpu=kind)
+    assert {kernel.partition("__")[0] for kernel in found} == {"states_kernel", "output_kernel", "dv_kernel", "dqk_kernel"}
+    if dtype == jnp.bfloat16:
+        assert all(re.search(r"mma\.(mma_async|sync)", kernel.ptx) for kernel in found.values()), "products without the matrix units"
+    assert {name: kernel.spilled for name, kernel in found.items() if kernel.spilled > SPILLED} == {}
+
+
+PATTERNS = [FULL, CAUSAL, Band(256, 0), Band(100, 100), CAUSAL & (Prefix(7) | Every(5)), PastSlots(3, 5, True), CAUSAL & OtherBlocks(20, 3, False)]
+MOSAIC = [(pattern, 64, jnp.bfloat16) for pattern in PATTERNS] + [(CAUSAL, H, dtype) for H in (40, 128, 256) for dtype in (jnp.bfloat16, jnp.float16)]
+
+
+@pytest.mark.parametrize("pattern, H, dtype", MOSAIC, ids=lambda x: getattr(x, "__name__", str(x)))
+def test_the_mosaic_kernel_compiles(pattern, H, dtype):
+    shapes = [jax.ShapeDtypeStruct((2, 1000, heads, H), dtype) for heads in (4, 2, 2)]
+    text = compiled(lambda q, k, v: mosaic_attention(q, k, v, pattern=pattern), *shapes).as_text()
+    assert text.count("mosaic_gpu") and "1000,1000]" not in text and "1024,1024]" not in text
+
+
+def test_what_does_not_fit_is_caught():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Shared memory size limit exceeded"):
+        compiled(*attends(jnp.float32, 128, pattern=CAUSAL, block=128))
