@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from attn_zoo.ops import pallas_attention, pallas_linear, splash
+from attn_zoo.ops import mosaic_attention, pallas_attention, pallas_linear, splash
 from attn_zoo.ops.blocked import ScoreMod, block_sizes, blocked_attention
 from attn_zoo.ops.patterns import Band, Pattern
 from attn_zoo.ops.tuning import tile
@@ -70,6 +70,14 @@ def _pallas_serves(pattern: Pattern, dtype, head_dim: int, modified: ScoreMod | 
     return obstacle or pallas_attention.serves(pattern, dtype, head_dim, modified if isinstance(modified, ScoreMod) else None)
 
 
+def _mosaic_serves(pattern: Pattern, dtype, head_dim: int, masked: bool | str, modified: bool) -> bool | str:
+    """Whether the Mosaic kernel computes this on this machine; else the reason why not."""
+    obstacle = _device_obstacle(mosaic_attention.INTERPRET)
+    if obstacle is None and not mosaic_attention.INTERPRET and int(_compute_capability()) != 9:
+        obstacle = "it is for Hopper GPUs, of compute capability 9.0"
+    return obstacle or mosaic_attention.serves(pattern, dtype, head_dim, masked, modified)
+
+
 def _splash_serves(dtype, head_dim: int, modified: bool) -> bool | str:
     """Whether splash attention computes this on this machine; else the reason why not."""
     if not splash.INTERPRET and jax.default_backend() != "tpu":
@@ -95,7 +103,13 @@ def _cudnn(q_BTNH, k_BSKH, v_BSKH, *, pattern, valid_BS, score_mod, scale):
 
 
 # (q, k, v, pattern, valid_BS, score_mod, scale) -> (output, logsumexp)
-RUN: dict[str, Callable] = {"xla": blocked_attention, "cudnn": _cudnn, "pallas": pallas_attention.pallas_attention, "splash": splash.splash_attention}
+RUN: dict[str, Callable] = {
+    "xla": blocked_attention,
+    "cudnn": _cudnn,
+    "pallas": pallas_attention.pallas_attention,
+    "mosaic": mosaic_attention.mosaic_attention,
+    "splash": splash.splash_attention,
+}
 BACKENDS = ("auto", *RUN)
 AUTO = {"gpu": ("cudnn", "pallas"), "tpu": ("splash",)}  # what is tried before XLA, by platform
 
@@ -117,6 +131,7 @@ def choose(
     serve = {
         "cudnn": lambda: _cudnn_serves(pattern, dtype, head_dim, masked, bool(modified), logsumexp),
         "pallas": lambda: _pallas_serves(pattern, dtype, head_dim, modified),
+        "mosaic": lambda: _mosaic_serves(pattern, dtype, head_dim, masked, bool(modified)),
         "splash": lambda: _splash_serves(dtype, head_dim, bool(modified)),
     }
     return _choose(backend, serve)
@@ -128,9 +143,7 @@ def choose_scan(backend: str, dtype, *, causal: bool = True, corrected: int = 0)
     causal: False where there is nothing to scan, as every query sees all keys; corrected: the features of a delta rule, 0 for the rest. See ops.pallas_linear.
     """
     nothing = None if causal else "there is no scan where every query sees all keys, and XLA's two products are all of it"
-    serve = {
-        "cudnn": lambda: "it knows softmax attention only",
-        "splash": lambda: "it knows softmax attention only",
+    serve = {name: lambda: "it knows softmax attention only" for name in ("cudnn", "mosaic", "splash")} | {
         "pallas": lambda: nothing or _device_obstacle(pallas_linear.INTERPRET) or pallas_linear.serves(dtype, corrected),
     }
     return _choose(backend, serve)
@@ -176,5 +189,7 @@ def blocks(backend: str, pattern: Pattern, T: int, S: int, dtype, head_dim: int)
         return block_sizes(pattern, T, S)
     if backend == "splash":
         return splash.block_sizes(pattern, T, S)
+    if backend == "mosaic":
+        return mosaic_attention.block_sizes(head_dim)
     forward = tile("forward", pattern, T, S, dtype, head_dim)
     return forward.q_block, forward.k_block

@@ -70,15 +70,21 @@ def pallas_attention(
     return o_BTNH.astype(q_BTNH.dtype), lse_BNT.swapaxes(1, 2)
 
 
-def _attend(pattern: Pattern, fn, scale: float, tiles: list[Tile]):
-    """(q, k, v, valid, params) -> (o [B, T, N, H], lse [B, N, T]), with its own backward pass."""
+def differentiable(forward, pattern: Pattern, scale: float, q, k, v):
+    """(o [B, T, N, H], lse [B, N, T]) by forward(q, k, v), which another kernel computes, with the backward pass of these."""
+    tiles = [tile(kernel, pattern, q.shape[1], k.shape[1], q.dtype, q.shape[3]) for kernel in KERNELS]
+    return _attend(pattern, None, scale, tiles, lambda q, k, v, valid, params: forward(q, k, v))(q, k, v, None, ())
+
+
+def _attend(pattern: Pattern, fn, scale: float, tiles: list[Tile], forward=None):
+    """(q, k, v, valid, params) -> (o [B, T, N, H], lse [B, N, T]), with its own backward pass; `forward` is in the place of the first of KERNELS."""
 
     def runs(q, k):
         return [Run(pattern, fn, scale, tile, q.shape, k.shape) for tile in tiles]
 
     @jax.custom_vjp
     def attend(q, k, v, valid, params):
-        return runs(q, k)[0].forward(q, k, v, valid, params)
+        return (forward or runs(q, k)[0].forward)(q, k, v, valid, params)
 
     def attend_fwd(q, k, v, valid, params):
         o, lse = attend(q, k, v, valid, params)

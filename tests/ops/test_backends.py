@@ -176,7 +176,7 @@ def test_parts_that_are_merged_run_where_there_is_a_logsumexp(gpu):
 
 @pytest.mark.parametrize("make", [lambda b: choose(b, FULL, jnp.bfloat16, 64), lambda b: layer("strided", backend=b)], ids=["choose", "make_attention"])
 def test_an_unknown_backend_names_the_nearest(make):
-    with pytest.raises(UserError, match="attention.backend='cudn': must be one of auto, xla, cudnn, pallas, splash; did you mean 'cudnn'"):
+    with pytest.raises(UserError, match="attention.backend='cudn': must be one of auto, xla, cudnn, pallas, mosaic, splash; did you mean 'cudnn'"):
         make("cudn")
 
 
