@@ -54,8 +54,11 @@ def described(gpu: str):
 
 def compiled(f, *shapes, gpu: str = H200, **options):
     """`f` of arrays of these shapes and dtypes, compiled for `gpu`; errors are the compiler's."""
-    there = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=described(gpu)), shapes)
-    return jax.jit(f).trace(*there).lower().compile(compiler_options={"xla_backend_optimization_level": 3} | options)
+    place = described(gpu)
+    there = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+    with jax.sharding.use_abstract_mesh(place.mesh.abstract_mesh):  # from jax 0.11 on, what Pallas' Triton form learns the device from
+        lowered = jax.jit(f).trace(*there).lower()
+    return lowered.compile(compiler_options={"xla_backend_optimization_level": 3} | options)  # tests/conftest.py asks for less
 
 
 @dataclasses.dataclass(frozen=True)
