@@ -30,7 +30,7 @@ def kernel_sums(
     """The two sums above: (phi(q_i)' sum_j phi(k_j) v_j', phi(q_i)' sum_j phi(k_j)).
 
     Accumulates in float32 at least. Causal memory is O(T) with gradients: the scan keeps one [R, H] state a chunk and recomputes the rest. `backend`, of the
-    causal form, is "xla" or "pallas" (see backends.choose_scan).
+    causal form, is "xla" or "pallas" (see backends.choose_scan), which of bfloat16 values rounds the features to bfloat16 too.
     """
     B, T, N, R = phi_q_BTNR.shape
     S, K, H = v_BSKH.shape[1:]

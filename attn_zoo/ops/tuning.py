@@ -3,7 +3,7 @@
     {device kind, as JAX names it, or "default": {dtype: {largest head dim: {kernel: [block_q, block_k, num_warps, num_stages]}}}}
 
 The default entries are small enough for the shared memory of any GPU since compute capability 8.0. Those of the H200 are large tiles that compile for
-it without register spills (tests/ahead); no entry has been timed against others yet, which experiments/tune.py does. What a device lacks is the default's, and
+it with next to no register spills (tests/ahead); no entry has been timed against others yet, which experiments/tune.py does. What a device lacks is the default's, and
 float16 is as bfloat16.
 """
 
