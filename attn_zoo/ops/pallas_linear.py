@@ -21,7 +21,7 @@ from attn_zoo.spec import Unsupported
 
 INTERPRET = False  # tests set it: the kernels then run on any device, slowly
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
-MOST_CORRECTED = 128  # features of a delta rule, whose programs hold all of them at once: with 256, compiled ones spill kilobytes a thread
+MOST_CORRECTED = 256  # features of a delta rule, whose programs hold all of them at once: with 512, compiled ones spill a kilobyte a thread
 
 CHUNK = 64  # positions
 

@@ -210,7 +210,7 @@ REFUSED = {  # spec, causal, head dim, words of the reason
     "linear-bidirectional": ("linear", False, 16, "no scan"),
     "performer-bidirectional": ("performer", False, 16, "no scan"),
     "rfa-bidirectional": ("rfa", False, 16, "no scan"),
-    "delta-of-many-features": ("delta(nu=2)", True, 80, "at most 128, not 320"),
+    "delta-of-many-features": ("delta(nu=2)", True, 80, "at most 256, not 320"),
 }
 
 
@@ -267,7 +267,7 @@ KERNELS = ("states_kernel", "output_kernel", "dv_kernel", "dqk_kernel")
 
 
 LOWERED = [(name, dtype, 64) for name in ("linear", "decayed") for dtype in kernels.DTYPES]
-LOWERED += [("linear", dtype, 256) for dtype in kernels.DTYPES] + [("delta", jnp.bfloat16, R) for R in (64, 128)]
+LOWERED += [("linear", dtype, 256) for dtype in kernels.DTYPES] + [("delta", jnp.bfloat16, R) for R in (64, 256)]
 
 
 @pytest.mark.parametrize("name, dtype, R", LOWERED, ids=lambda x: x if isinstance(x, str | int) else jnp.dtype(x).name)
