@@ -91,7 +91,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {  # the fields that have a meaning, by b
 class Attention:
     """How attention runs, whatever the variant."""
 
-    backend: str = "auto"  # auto, xla, cudnn, pallas (NVIDIA GPUs), mosaic (Hopper) or splash (TPUs); see attn_zoo.ops.backends
+    backend: str = "auto"  # auto, xla, native (CPUs), cudnn, pallas (NVIDIA GPUs), mosaic (Hopper) or splash (TPUs); see attn_zoo.ops.backends
 
 
 @dataclasses.dataclass(frozen=True)

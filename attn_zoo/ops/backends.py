@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from attn_zoo.ops import mosaic_attention, pallas_attention, pallas_linear, splash
+from attn_zoo.ops import mosaic_attention, native_attention, pallas_attention, pallas_linear, splash
 from attn_zoo.ops.blocked import ScoreMod, block_sizes, blocked_attention
 from attn_zoo.ops.patterns import Band, Pattern
 from attn_zoo.ops.tuning import tile
@@ -85,6 +85,13 @@ def _splash_serves(dtype, head_dim: int, modified: bool) -> bool | str:
     return splash.serves(dtype, head_dim, modified)
 
 
+def _native_serves(dtype, head_dim: int, modified: bool) -> bool | str:
+    """Whether the C++ kernels compute this on this machine; else the reason why not."""
+    if jax.default_backend() != "cpu":
+        return f"it is for CPUs, and this runs on {jax.default_backend()}"
+    return native_attention.serves(dtype, head_dim, modified)
+
+
 def _cudnn(q_BTNH, k_BSKH, v_BSKH, *, pattern, valid_BS, score_mod, scale):
     window = None if pattern.back is None else (pattern.back, 0)
     (B, T), S = q_BTNH.shape[:2], k_BSKH.shape[1]
@@ -105,13 +112,14 @@ def _cudnn(q_BTNH, k_BSKH, v_BSKH, *, pattern, valid_BS, score_mod, scale):
 # (q, k, v, pattern, valid_BS, score_mod, scale) -> (output, logsumexp)
 RUN: dict[str, Callable] = {
     "xla": blocked_attention,
+    "native": native_attention.native_attention,
     "cudnn": _cudnn,
     "pallas": pallas_attention.pallas_attention,
     "mosaic": mosaic_attention.mosaic_attention,
     "splash": splash.splash_attention,
 }
 BACKENDS = ("auto", *RUN)
-AUTO = {"gpu": ("cudnn", "pallas"), "tpu": ("splash",)}  # what is tried before XLA, by platform
+AUTO = {"cpu": ("native",), "gpu": ("cudnn", "pallas"), "tpu": ("splash",)}  # what is tried before XLA, by platform
 
 
 def check_backend(backend: str) -> None:
@@ -129,6 +137,7 @@ def choose(
     parameters are one float a head; logsumexp: whether that is needed too.
     """
     serve = {
+        "native": lambda: _native_serves(dtype, head_dim, bool(modified)),
         "cudnn": lambda: _cudnn_serves(pattern, dtype, head_dim, masked, bool(modified), logsumexp),
         "pallas": lambda: _pallas_serves(pattern, dtype, head_dim, modified),
         "mosaic": lambda: _mosaic_serves(pattern, dtype, head_dim, masked, bool(modified)),
@@ -143,7 +152,7 @@ def choose_scan(backend: str, dtype, *, causal: bool = True, corrected: int = 0)
     causal: False where there is nothing to scan, as every query sees all keys; corrected: the features of a delta rule, 0 for the rest. See ops.pallas_linear.
     """
     nothing = None if causal else "there is no scan where every query sees all keys, and XLA's two products are all of it"
-    serve = {name: lambda: "it knows softmax attention only" for name in ("cudnn", "mosaic", "splash")} | {
+    serve = {name: lambda: "it knows softmax attention only" for name in ("native", "cudnn", "mosaic", "splash")} | {
         "pallas": lambda: nothing or _device_obstacle(pallas_linear.INTERPRET) or pallas_linear.serves(dtype, corrected),
     }
     return _choose(backend, serve)
@@ -187,6 +196,8 @@ def blocks(backend: str, pattern: Pattern, T: int, S: int, dtype, head_dim: int)
         return None
     if backend == "xla":
         return block_sizes(pattern, T, S)
+    if backend == "native":
+        return native_attention.BLOCK, native_attention.BLOCK
     if backend == "splash":
         return splash.block_sizes(pattern, T, S)
     if backend == "mosaic":

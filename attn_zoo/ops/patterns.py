@@ -316,6 +316,23 @@ def count_pairs(pattern: Pattern, T: int, S: int) -> int:
     return pairs
 
 
+@functools.lru_cache(maxsize=64)
+def pair_bits(pattern: Pattern, T: int, S: int) -> tuple[np.ndarray, np.ndarray]:
+    """The masks of partial blocks of 64 by 64, a bit a pair: (the tile of each entry of part_block, int32; tiles [., key, query / 8], uint8).
+
+    Equal tiles are kept once, and those of most patterns are few. The first query is the lowest bit; no query sees a key from S on.
+    """
+    mask = block_mask(pattern, T, S, 64, 64)
+    rows = np.repeat(np.arange(mask.num_q), np.diff(mask.part_start))
+    numbers: dict[bytes, int] = {}
+    tile = []
+    for r, c in _chunks(rows, mask.part_block, 1024):
+        i, j = _pairs(r * 64, c * 64, 64, 64)
+        seen = np.broadcast_to(pattern.mask(i, j) & (j < S), (len(r), 64, 64)).swapaxes(1, 2)
+        tile += [numbers.setdefault(bits.tobytes(), len(numbers)) for bits in np.packbits(seen, axis=2, bitorder="little")]
+    return np.array(tile, np.int32), np.frombuffer(b"".join(numbers), np.uint8).reshape(-1, 64, 8)
+
+
 def visibility(pattern: Pattern, T: int) -> tuple[np.ndarray, np.ndarray]:
     """Among T positions: the last query that sees each key (-1 if none does), and how many keys each query sees; int64 [T] both."""
     mask = block_mask(pattern, T, T, 64, 64)

@@ -9,6 +9,7 @@ import jax._src.cudnn.fused_attention_stablehlo as cudnn
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import ON_CPU
 
 from attn_zoo import VARIANTS, make_attention
 from attn_zoo.ops import backends
@@ -74,7 +75,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", SERVED)
 def test_cudnn_where_it_serves(name, monkeypatch):
-    assert choose("auto", *SERVED[name]) == "xla"  # on a CPU
+    assert choose("auto", *SERVED[name]) == ON_CPU
     assert choose("cudnn", *SERVED[name]) == "cudnn"  # asked for, so that lowering can be tested anywhere
     for platform, expected in (("gpu", "cudnn"), ("tpu", "xla" if SERVED[name][1] == jnp.float16 else "splash")):
         pretend(monkeypatch, platform)
@@ -118,7 +119,7 @@ class Listed(Pattern):
         return jnp.arange(64)[i] >= j
 
 
-PLATFORMS = [("cpu", "9.0", "xla"), ("tpu", "9.0", "splash"), ("gpu", "7.5", "xla"), ("gpu", "gfx90a", "xla"), ("gpu", "8.0", "pallas")]
+PLATFORMS = [("cpu", "9.0", ON_CPU), ("tpu", "9.0", "splash"), ("gpu", "7.5", "xla"), ("gpu", "gfx90a", "xla"), ("gpu", "8.0", "pallas")]
 
 
 @pytest.mark.parametrize("platform, capability, expected", PLATFORMS)
@@ -176,7 +177,7 @@ def test_parts_that_are_merged_run_where_there_is_a_logsumexp(gpu):
 
 @pytest.mark.parametrize("make", [lambda b: choose(b, FULL, jnp.bfloat16, 64), lambda b: layer("strided", backend=b)], ids=["choose", "make_attention"])
 def test_an_unknown_backend_names_the_nearest(make):
-    with pytest.raises(UserError, match="attention.backend='cudn': must be one of auto, xla, cudnn, pallas, mosaic, splash; did you mean 'cudnn'"):
+    with pytest.raises(UserError, match="attention.backend='cudn': must be one of auto, xla, native, cudnn, pallas, mosaic, splash; did you mean 'cudnn'"):
         make("cudn")
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from test_blocked import assert_close, exact, normals, results
+from tiny import ON_CPU
 
 from attn_zoo import make_attention
 from attn_zoo.ops import backends, mosaic_attention as mosaic, pallas_attention
@@ -80,7 +81,7 @@ def test_a_call_with_padding_is_refused():
 def test_it_is_for_hopper_alone_and_asked_for_by_name(platform, capability, reason, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     monkeypatch.setattr(backends, "_compute_capability", lambda: capability)
-    assert choose("auto", Band(8, 8), jnp.bfloat16, 64) == ("xla" if platform == "cpu" else "pallas")
+    assert choose("auto", Band(8, 8), jnp.bfloat16, 64) == (ON_CPU if platform == "cpu" else "pallas")
     if reason is None:
         attention = make_attention("local(window=8)", num_heads=2, head_dim=64, max_len=1000, dtype=jnp.bfloat16, backend="mosaic")
         plan = attention.plan(1000, 1000)

@@ -1,0 +1,421 @@
+// Softmax attention over listed blocks of 64 queries by 64 keys, forward and backward, for CPUs, as calls that XLA makes (its foreign function interface).
+//
+// All tiles are held transposed, [keys or channels, queries], a vector being that many queries: then keys and values are read where they stand, one number
+// at a time for all lanes, a row of scores needs no sum across lanes, and each of the seven products is C[m][:] += A(m, k) B[k][:].
+// See native_attention.py for the shapes. Vector extensions of GCC and Clang, no intrinsics: what the machine has is what -march=native says.
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <mutex>
+#include <utility>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+using Floats = ffi::Buffer<ffi::F32>;
+using Indices = ffi::Buffer<ffi::S32>;
+using Results = ffi::ResultBuffer<ffi::F32>;
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, ROWS = 6, VECTORS = 4;  // ROWS x VECTORS sums are held in registers
+#elif defined(__AVX__)
+constexpr int LANES = 8, ROWS = 6, VECTORS = 2;
+#else
+constexpr int LANES = 4, ROWS = 4, VECTORS = 4;
+#endif
+constexpr int BLOCK = 64;            // queries, and keys, of a tile: as many as a row of mask bits has
+constexpr float HIDDEN = -1e30f;     // a hidden score: finite, so that differences are numbers
+constexpr float LOG2E = 1.4426950408889634f;
+
+typedef float Vector __attribute__((vector_size(4 * LANES)));
+typedef float Loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias));  // in memory, anywhere
+typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+
+inline Vector load(const float* x) { return *reinterpret_cast<const Loose*>(x); }
+inline void store(float* x, Vector v) { *reinterpret_cast<Loose*>(x) = v; }
+inline Vector all(float x) { return x - Vector{}; }
+inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
+
+// 2^x for x <= 127, to 2e-7; 0 below -126, and what is no number stays so. The polynomial is Cephes' exp2f.
+inline Vector exp2(Vector x) {
+  const Vector magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+  const Vector rounded = x + magic, f = x - (rounded - magic);
+  Vector p = f * 1.535336188319500e-4f + 1.339887440266574e-3f;
+  p = p * f + 9.618437357674640e-3f;
+  p = p * f + 5.550332471162809e-2f;
+  p = p * f + 2.402264791363012e-1f;
+  p = p * f + 6.931472028550421e-1f;
+  p = p * f + 1.0f;
+  const Integers power = reinterpret_cast<Integers>(p) + ((reinterpret_cast<Integers>(rounded) - reinterpret_cast<Integers>(magic)) << 23);
+  return x < all(-126.0f) ? Vector{} : x == x ? reinterpret_cast<Vector>(power) : x;
+}
+
+// The number A(m, k) stands at a[m * row + k * column].
+struct Left {
+  const float* a;
+  int64_t row, column;
+};
+
+// C[m][:] (+)= sum over k of A(m, k) B[k][:], of M rows and V vectors.
+template <int M, int V>
+inline __attribute__((always_inline)) void tile(int K, Left A, const float* B, int64_t b_row, float* C, int64_t c_row, bool add) {
+  Vector sum[M][V];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) sum[m][v] = add ? load(C + m * c_row + v * LANES) : Vector{};
+  for (int k = 0; k < K; ++k) {
+    Vector b[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) b[v] = load(B + k * b_row + v * LANES);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const Vector a = all(A.a[m * A.row + k * A.column]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) sum[m][v] += a * b[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) store(C + m * c_row + v * LANES, sum[m][v]);
+}
+
+template <int M, int V>
+void some_rows(int rows, int K, Left A, const float* B, int64_t b_row, float* C, int64_t c_row, bool add) {
+  if constexpr (M > 0) {
+    if (rows == M) return tile<M, V>(K, A, B, b_row, C, c_row, add);
+    return some_rows<M - 1, V>(rows, K, A, B, b_row, C, c_row, add);
+  }
+}
+
+template <int V>
+void some_vectors(int vectors, int M, int K, Left A, const float* B, int64_t b_row, float* C, int64_t c_row, bool add) {
+  if constexpr (V > 0) {
+    if (vectors != V) return some_vectors<V - 1>(vectors, M, K, A, B, b_row, C, c_row, add);
+    int m = 0;
+    for (; m + ROWS <= M; m += ROWS) tile<ROWS, V>(K, {A.a + m * A.row, A.row, A.column}, B, b_row, C + m * c_row, c_row, add);
+    some_rows<ROWS - 1, V>(M - m, K, {A.a + m * A.row, A.row, A.column}, B, b_row, C + m * c_row, c_row, add);
+  }
+}
+
+// C[M][N] (+)= A[M][K] B[K][N]; N is a multiple of LANES.
+void product(int M, int N, int K, Left A, const float* B, int64_t b_row, float* C, int64_t c_row, bool add) {
+  for (int n = 0; n < N; n += VECTORS * LANES)
+    some_vectors<VECTORS>(std::min(VECTORS, (N - n) / LANES), M, K, A, B + n, b_row, C + n, c_row, add);
+}
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)  // GCC 12, Clang
+#define HAS_SHUFFLE
+#endif
+#endif
+
+// The transpose of LANES vectors: lanes whose index has bit D change places with those of the vector D further on, for every bit.
+template <int D, std::size_t... L>
+inline __attribute__((always_inline)) void transpose(Vector* x, std::index_sequence<L...> lanes) {
+#ifdef HAS_SHUFFLE
+  if constexpr (D < LANES) {
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i)
+      if (!(i & D)) {
+        const Vector a = x[i], b = x[i | D];
+        x[i] = __builtin_shufflevector(a, b, (L & D ? LANES + L - D : L)...);
+        x[i | D] = __builtin_shufflevector(a, b, (L & D ? LANES + L : L + D)...);
+      }
+    transpose<2 * D>(x, lanes);
+  }
+#else
+  if constexpr (D == 1)
+    for (int i = 0; i < LANES; ++i)
+      for (int j = 0; j < i; ++j) std::swap(reinterpret_cast<float*>(x + i)[j], reinterpret_cast<float*>(x + j)[i]);
+#endif
+}
+
+// to[h][i] = factor * from[i][h], zero from `rows` on.
+void turn(const float* from, int64_t row, int rows, int H, float factor, float* to) {
+  for (int h = 0; h < H; h += LANES)
+    for (int i = 0; i < BLOCK; i += LANES) {
+      Vector x[LANES];
+#pragma GCC unroll 16
+      for (int l = 0; l < LANES; ++l) x[l] = i + l < rows ? factor * load(from + (i + l) * row + h) : Vector{};
+      transpose<1>(x, std::make_index_sequence<LANES>());
+#pragma GCC unroll 16
+      for (int l = 0; l < LANES; ++l) store(to + (h + l) * BLOCK + i, x[l]);
+    }
+}
+
+// to[i][h] = factor[i] * from[h][i].
+void turn_back(const float* from, int rows, int H, const float* factor, float* to, int64_t row) {
+  for (int h = 0; h < H; h += LANES)
+    for (int i = 0; i < rows; i += LANES) {
+      Vector x[LANES];
+#pragma GCC unroll 16
+      for (int l = 0; l < LANES; ++l) x[l] = load(factor + i) * load(from + (h + l) * BLOCK + i);
+      transpose<1>(x, std::make_index_sequence<LANES>());
+#pragma GCC unroll 16
+      for (int l = 0; l < LANES; ++l)
+        if (i + l < rows) store(to + (i + l) * row + h, x[l]);
+    }
+}
+
+float dot(const float* a, const float* b, int H) {
+  Vector sum{};
+  for (int h = 0; h < H; h += LANES) sum += load(a + h) * load(b + h);
+  float total = 0;
+  for (int lane = 0; lane < LANES; ++lane) total += sum[lane];
+  return total;
+}
+
+void copy_rows(const float* from, int64_t from_row, float* to, int64_t to_row, int rows, int H) {
+  for (int i = 0; i < rows; ++i) std::memcpy(to + i * to_row, from + i * from_row, sizeof(float) * H);
+}
+
+// Which blocks: those of a BlockMask, and for each partial one the number of its tile of bits, [tile, key, query / 8].
+struct Blocks {
+  const int32_t *full_start, *full_block, *part_start, *part_block, *part_tile;
+  const uint8_t* bits;
+};
+
+struct Shape {
+  int64_t B, T, S, N, K;
+  int H;
+  float scale;
+  int64_t splits;  // of the query blocks of a (sequence, key head)
+  int64_t query_row() const { return N * H; }
+  int64_t key_row() const { return K * H; }
+};
+
+// body(first key, keys, rows of bits or null) for each block of query block c.
+template <class Body>
+void over_blocks(const Blocks& blocks, int64_t c, int64_t S, Body body) {
+  for (int32_t n = blocks.full_start[c]; n < blocks.full_start[c + 1]; ++n) body(int64_t{blocks.full_block[n]} * BLOCK, BLOCK, nullptr);
+  for (int32_t n = blocks.part_start[c]; n < blocks.part_start[c + 1]; ++n) {
+    const int64_t j0 = int64_t{blocks.part_block[n]} * BLOCK;
+    body(j0, int(std::min<int64_t>(BLOCK, S - j0)), blocks.bits + int64_t{blocks.part_tile[n]} * BLOCK * (BLOCK / 8));
+  }
+}
+
+// Hidden scores of a tile [keys, queries].
+void hide(float* scores, int keys, const uint8_t* bits, const bool* valid) {
+  Integers bit;
+  for (int lane = 0; lane < LANES; ++lane) bit[lane] = int32_t{1} << lane;
+  for (int j = 0; j < keys; ++j) {
+    uint64_t row = ~uint64_t{0};
+    if (bits) std::memcpy(&row, bits + j * (BLOCK / 8), sizeof row);
+    if (valid && !valid[j]) row = 0;
+    if (row == ~uint64_t{0}) continue;
+    for (int i = 0; i < BLOCK; i += LANES) {
+      const Integers seen = (bit & (int32_t(row >> i) - Integers{})) != 0;
+      store(scores + j * BLOCK + i, seen ? load(scores + j * BLOCK + i) : all(HIDDEN));
+    }
+  }
+}
+
+// The working memory of one worker: keys and values of one head, gathered, and room for what else a pass needs.
+struct Scratch {
+  float *k, *v, *rest;
+};
+
+// Floats of it: a forward pass has q_t, o_t, scores, maxima and sums besides; a backward pass dk, dv, q_t, do_t, dq_t, q, do, weights, their
+// gradients, and three numbers a query.
+int64_t forward_floats(int64_t S, int64_t H) { return 2 * S * H + (2 * H + BLOCK + 2) * BLOCK; }
+int64_t backward_floats(int64_t S, int64_t H) { return 4 * S * H + (5 * H + 2 * BLOCK + 3) * BLOCK; }
+
+struct Queries {
+  int64_t b, head, first;
+  int rows;
+};
+
+// Runs task(n, worker) for n < tasks on the pool and on the calling thread, which waits for tasks, never for a thread: all of the pool may be
+// busy with callers that wait too.
+template <class Task>
+void parallel(ffi::ThreadPool& pool, int64_t tasks, int64_t workers, Task task) {
+  struct State {
+    std::atomic<int64_t> next{0}, worker{0};
+    std::mutex mutex;
+    std::condition_variable all_done;
+    int64_t done = 0;
+  };
+  auto state = std::make_shared<State>();
+  auto work = [state, tasks, &task] {
+    int64_t worker = -1;
+    for (int64_t n; (n = state->next++) < tasks;) {  // `task` stands while a task is not done
+      if (worker < 0) worker = state->worker++;
+      task(n, worker);
+      std::lock_guard<std::mutex> lock(state->mutex);
+      if (++state->done == tasks) state->all_done.notify_all();
+    }
+  };
+  for (int64_t w = 1; w < std::min(workers, tasks); ++w) pool.Schedule([work] { work(); });
+  work();
+  std::unique_lock<std::mutex> lock(state->mutex);
+  state->all_done.wait(lock, [&] { return state->done == tasks; });
+}
+
+// Runs body(queries, key head) for the query blocks of each task, which is a (sequence, key head, split), after start(task) and before end(task).
+template <class Start, class Body, class End>
+void over_tasks(ffi::ThreadPool& pool, const Shape& s, Results& memory, Start start, Body body, End end) {
+  const int64_t workers = memory->dimensions()[0], size = memory->dimensions()[1], blocks = (s.T + BLOCK - 1) / BLOCK;
+  parallel(pool, s.B * s.K * s.splits, workers, [&](int64_t task, int64_t worker) {
+    const int64_t split = task % s.splits, head = task / s.splits % s.K, b = task / s.splits / s.K;
+    float* room = memory->typed_data() + worker * size;
+    const Scratch scratch{room, room + s.S * s.H, room + 2 * s.S * s.H};
+    start(scratch, b, head);
+    for (int64_t g = 0; g < s.N / s.K; ++g)
+      for (int64_t c = blocks * split / s.splits; c < blocks * (split + 1) / s.splits; ++c)
+        body(scratch, c, Queries{b, head * (s.N / s.K) + g, c * BLOCK, int(std::min<int64_t>(BLOCK, s.T - c * BLOCK))});
+    end(scratch, b, head, split);
+  });
+}
+
+ffi::Error forward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, ffi::Buffer<ffi::PRED> valid, Indices full_start, Indices full_block,
+                   Indices part_start, Indices part_block, Indices part_tile, ffi::Buffer<ffi::U8> bits, Results o, Results lse, Results memory,
+                   float scale, int64_t splits) {
+  const auto d = q.dimensions();
+  const Shape s{d[0], d[1], k.dimensions()[1], d[2], k.dimensions()[2], int(d[3]), scale, splits};
+  const Blocks blocks{full_start.typed_data(), full_block.typed_data(), part_start.typed_data(),
+                      part_block.typed_data(), part_tile.typed_data(),  bits.typed_data()};
+
+  const auto start = [&](const Scratch& x, int64_t b, int64_t head) {
+    copy_rows(k.typed_data() + (b * s.S * s.K + head) * s.H, s.key_row(), x.k, s.H, s.S, s.H);
+    copy_rows(v.typed_data() + (b * s.S * s.K + head) * s.H, s.key_row(), x.v, s.H, s.S, s.H);
+  };
+  const auto block = [&](const Scratch& x, int64_t c, Queries rows) {
+    float *q_t = x.rest, *o_t = q_t + s.H * BLOCK, *p = o_t + s.H * BLOCK, *top = p + BLOCK * BLOCK, *total = top + BLOCK;
+    const int64_t row = (rows.b * s.T + rows.first) * s.N + rows.head;
+    turn(q.typed_data() + row * s.H, s.query_row(), rows.rows, s.H, s.scale * LOG2E, q_t);
+    std::fill(o_t, o_t + s.H * BLOCK, 0.0f);
+    std::fill(top, top + BLOCK, HIDDEN / 2);  // so that hidden pairs get 2^(HIDDEN / 2) = 0 even in a row that sees nothing
+    std::fill(total, total + BLOCK, 0.0f);
+    over_blocks(blocks, c, s.S, [&](int64_t j0, int keys, const uint8_t* bits) {
+      product(keys, BLOCK, s.H, {x.k + j0 * s.H, s.H, 1}, q_t, BLOCK, p, BLOCK, false);
+      const bool* valid_j = valid.element_count() ? valid.typed_data() + rows.b * s.S + j0 : nullptr;
+      if (bits || valid_j) hide(p, keys, bits, valid_j);
+      for (int i = 0; i < BLOCK; i += LANES) {
+        const Vector old = load(top + i);
+        Vector now = old, sum{};
+        for (int j = 0; j < keys; ++j) now = larger(now, load(p + j * BLOCK + i));
+        for (int j = 0; j < keys; ++j) {
+          const Vector weight = exp2(load(p + j * BLOCK + i) - now);
+          store(p + j * BLOCK + i, weight);
+          sum += weight;
+        }
+        const Vector shrink = exp2(old - now);
+        store(top + i, now);
+        store(total + i, load(total + i) * shrink + sum);
+        for (int h = 0; h < s.H; ++h) store(o_t + h * BLOCK + i, load(o_t + h * BLOCK + i) * shrink);
+      }
+      product(s.H, BLOCK, keys, {x.v + j0 * s.H, 1, s.H}, p, BLOCK, o_t, BLOCK, true);
+    });
+    for (int i = 0; i < rows.rows; ++i) {
+      const bool seen = total[i] != 0;
+      lse->typed_data()[row + i * s.N] = seen ? top[i] / LOG2E + std::log(total[i]) : -std::numeric_limits<float>::infinity();
+      total[i] = seen ? 1 / total[i] : 0;
+    }
+    turn_back(o_t, rows.rows, s.H, total, o->typed_data() + row * s.H, s.query_row());
+  };
+  over_tasks(pool, s, memory, start, block, [](auto&&...) {});
+  return ffi::Error::Success();
+}
+
+ffi::Error backward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, ffi::Buffer<ffi::PRED> valid, Indices full_start, Indices full_block,
+                    Indices part_start, Indices part_block, Indices part_tile, ffi::Buffer<ffi::U8> bits, Floats o, Floats lse, Floats d_o,
+                    Floats d_lse, Results dq, Results dk, Results dv, Results memory, float scale, int64_t splits) {
+  const auto d = q.dimensions();
+  const Shape s{d[0], d[1], k.dimensions()[1], d[2], k.dimensions()[2], int(d[3]), scale, splits};
+  const Blocks blocks{full_start.typed_data(), full_block.typed_data(), part_start.typed_data(),
+                      part_block.typed_data(), part_tile.typed_data(),  bits.typed_data()};
+
+  const auto start = [&](const Scratch& x, int64_t b, int64_t head) {
+    copy_rows(k.typed_data() + (b * s.S * s.K + head) * s.H, s.key_row(), x.k, s.H, s.S, s.H);
+    copy_rows(v.typed_data() + (b * s.S * s.K + head) * s.H, s.key_row(), x.v, s.H, s.S, s.H);
+    std::fill(x.rest, x.rest + 2 * s.S * s.H, 0.0f);
+  };
+  const auto block = [&](const Scratch& x, int64_t c, Queries rows) {
+    const int64_t size = s.H * BLOCK, row = (rows.b * s.T + rows.first) * s.N + rows.head;
+    float *dk = x.rest, *dv = dk + s.S * s.H, *q_t = dv + s.S * s.H, *do_t = q_t + size, *dq_t = do_t + size, *q_c = dq_t + size;
+    float *do_c = q_c + size, *p = do_c + size, *ds = p + BLOCK * BLOCK, *top = ds + BLOCK * BLOCK, *delta = top + BLOCK, *ones = delta + BLOCK;
+    const float *from_q = q.typed_data() + row * s.H, *from_do = d_o.typed_data() + row * s.H, *from_o = o.typed_data() + row * s.H;
+    turn(from_q, s.query_row(), rows.rows, s.H, s.scale * LOG2E, q_t);
+    turn(from_do, s.query_row(), rows.rows, s.H, 1.0f, do_t);
+    copy_rows(from_q, s.query_row(), q_c, s.H, rows.rows, s.H);
+    copy_rows(from_do, s.query_row(), do_c, s.H, rows.rows, s.H);
+    std::fill(dq_t, dq_t + size, 0.0f);
+    for (int i = 0; i < BLOCK; ++i) {
+      const float lse_i = i < rows.rows ? lse.typed_data()[row + i * s.N] : -std::numeric_limits<float>::infinity();
+      const bool seen = lse_i != -std::numeric_limits<float>::infinity();
+      top[i] = seen ? lse_i * LOG2E : -HIDDEN;  // 2^(score - top) is 0 where the row sees nothing
+      // d lse / d score = p and d o / d score = p (v - o): both fold into one number a row.
+      delta[i] = seen ? dot(from_do + i * s.query_row(), from_o + i * s.query_row(), s.H) - d_lse.typed_data()[row + i * s.N] : 0.0f;
+      ones[i] = 1.0f;
+    }
+    over_blocks(blocks, c, s.S, [&](int64_t j0, int keys, const uint8_t* bits) {
+      const float *k_j = x.k + j0 * s.H, *v_j = x.v + j0 * s.H;
+      product(keys, BLOCK, s.H, {k_j, s.H, 1}, q_t, BLOCK, p, BLOCK, false);
+      const bool* valid_j = valid.element_count() ? valid.typed_data() + rows.b * s.S + j0 : nullptr;
+      if (bits || valid_j) hide(p, keys, bits, valid_j);
+      product(keys, BLOCK, s.H, {v_j, s.H, 1}, do_t, BLOCK, ds, BLOCK, false);
+      for (int j = 0; j < keys; ++j)
+        for (int i = 0; i < BLOCK; i += LANES) {
+          const Vector weight = exp2(load(p + j * BLOCK + i) - load(top + i));
+          store(p + j * BLOCK + i, weight);
+          store(ds + j * BLOCK + i, weight * (load(ds + j * BLOCK + i) - load(delta + i)) * s.scale);
+        }
+      product(keys, s.H, rows.rows, {p, BLOCK, 1}, do_c, s.H, dv + j0 * s.H, s.H, true);
+      product(keys, s.H, rows.rows, {ds, BLOCK, 1}, q_c, s.H, dk + j0 * s.H, s.H, true);
+      product(s.H, BLOCK, keys, {k_j, 1, s.H}, ds, BLOCK, dq_t, BLOCK, true);
+    });
+    turn_back(dq_t, rows.rows, s.H, ones, dq->typed_data() + row * s.H, s.query_row());
+  };
+  const auto end = [&](const Scratch& x, int64_t b, int64_t head, int64_t split) {
+    const int64_t at = ((split * s.B + b) * s.S * s.K + head) * s.H;
+    copy_rows(x.rest, s.H, dk->typed_data() + at, s.key_row(), s.S, s.H);
+    copy_rows(x.rest + s.S * s.H, s.H, dv->typed_data() + at, s.key_row(), s.S, s.H);
+  };
+  over_tasks(pool, s, memory, start, block, end);
+  return ffi::Error::Success();
+}
+
+auto bind() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<Floats>()
+      .Arg<Floats>()
+      .Arg<Floats>()
+      .Arg<ffi::Buffer<ffi::PRED>>()
+      .Arg<Indices>()
+      .Arg<Indices>()
+      .Arg<Indices>()
+      .Arg<Indices>()
+      .Arg<Indices>()
+      .Arg<ffi::Buffer<ffi::U8>>();
+}
+
+}  // namespace
+
+extern "C" int64_t attn_zoo_forward_floats(int64_t S, int64_t H) { return forward_floats(S, H); }
+extern "C" int64_t attn_zoo_backward_floats(int64_t S, int64_t H) { return backward_floats(S, H); }
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(attn_zoo_forward, forward,
+                              bind().Ret<Floats>().Ret<Floats>().Ret<Floats>().Attr<float>("scale").Attr<int64_t>("splits"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(attn_zoo_backward, backward,
+                              bind()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()
+                                  .Attr<float>("scale")
+                                  .Attr<int64_t>("splits"));
