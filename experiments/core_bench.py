@@ -69,7 +69,8 @@ def rows_of(problem: Problem, specs: list[str], torch: TorchProcess | None) -> l
     peers += torch.candidates(problem) if torch else []
     for peer in peers:
         if peer.layer:
-            add(candidates.layer, problem, f"{peer.spec}{way(peer.causal)}, as a layer", peer.spec, peer.causal)
+            said = ", with its input projections" if peer.layer == "inputs" else ", as a layer"
+            add(candidates.layer, problem, f"{peer.spec}{way(peer.causal)}{said}", peer.spec, peer.causal, peer.layer)
         elif not any(c.spec == peer.spec and c.causal == peer.causal and not c.peer for c in found.values()):
             add(candidates.variant, problem, f"{peer.spec}{way(peer.causal)}", peer.spec, peer.causal, qkv)
     return [*peers, *found.values()]

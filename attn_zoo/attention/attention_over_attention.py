@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from attn_zoo.attention.base import Attention, Bound, Paper, Variant, repeat_kv
 from attn_zoo.attention.pattern import pair_flops
-from attn_zoo.ops.blocked import blocked_attention
+from attn_zoo.ops import backends
 from attn_zoo.ops.patterns import FULL
 
 
@@ -25,10 +25,10 @@ class Options:
     """None."""
 
 
-def attention_over_attention(q_BTNH, k_BSKH, v_BSKH, valid_BS=None, valid_BT=None):
+def attention_over_attention(q_BTNH, k_BSKH, v_BSKH, valid_BS=None, valid_BT=None, part=backends.attention_and_logsumexp):
     """The attended values, [B, T, N, H], the same for every t."""
-    o_BTNH, _ = blocked_attention(q_BTNH, k_BSKH, v_BSKH, pattern=FULL, valid_BS=valid_BS)
-    u_BSNH, _ = blocked_attention(repeat_kv(k_BSKH, q_BTNH.shape[2]), q_BTNH, o_BTNH, pattern=FULL, valid_BS=valid_BT)
+    o_BTNH, _ = part(q_BTNH, k_BSKH, v_BSKH, pattern=FULL, valid_BS=valid_BS)
+    u_BSNH, _ = part(repeat_kv(k_BSKH, q_BTNH.shape[2]), q_BTNH, o_BTNH, pattern=FULL, valid_BS=valid_BT)
     u_BSNH = u_BSNH.astype(jnp.promote_types(u_BSNH.dtype, jnp.float32))
     weights_BS = jnp.ones(u_BSNH.shape[:2]) if valid_BS is None else valid_BS.astype(u_BSNH.dtype)
     total_BNH = jnp.einsum("BS,BSNH->BNH", weights_BS, u_BSNH)
@@ -39,9 +39,10 @@ class AttentionOverAttention(Attention):
     """One attended vector a head, at every query position."""
 
     pools_queries = True
+    has_parts = True
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key, *, valid_BT):
-        return attention_over_attention(q_BTNH, k_BSKH, v_BSKH, valid_BS, valid_BT)
+        return attention_over_attention(q_BTNH, k_BSKH, v_BSKH, valid_BS, valid_BT, self.part)
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key, *, valid_BT):
         (B, T, N, H), S = q_BTNH.shape, k_BSKH.shape[1]

@@ -17,17 +17,25 @@ a later token can change which earlier ones a query is compared with.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from attn_zoo.attention.base import Attention, Paper, Variant, repeat_kv, softmax_reference
 from attn_zoo.attention.pattern import pair_flops
+from attn_zoo.ops import backends
 from attn_zoo.ops.merge import merge
+from attn_zoo.ops.native_attention import SAVED
 from attn_zoo.ops.tiled import tiled_attention
 from attn_zoo.spec import check, check_int
+
+
+# Of the weights of pairs that met more than once, at a time: in a loop XLA's CPU backend takes ten times longer for them. A chunk is no longer where the sequence is.
+ADDED_BYTES = 64 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +75,16 @@ def hash_buckets(k_BTKH, rotations_RKHC, factors: tuple[int, ...]):
     k_BTKH = lax.stop_gradient(k_BTKH).astype(jnp.float32)
 
     def one_round(rotations_KHC):
-        rotated_BKTC = jnp.einsum("BTKH,KHC->BKTC", k_BTKH, rotations_KHC, precision="highest")
+        rotated_BKCT = jnp.einsum("BTKH,KHC->BKCT", k_BTKH, rotations_KHC, precision="highest")
         bucket_BKT, start, step = 0, 0, 1
         for factor in factors:
-            part = rotated_BKTC[..., start : start + factor // 2]
-            bucket_BKT = bucket_BKT + step * jnp.argmax(jnp.concatenate([part, -part], axis=-1), axis=-1).astype(jnp.int32)
+            part_BKCT = rotated_BKCT[:, :, start : start + factor // 2]
+            # argmax [part; -part], by plain maxima over an axis that is not the last: less than half the time on a CPU.
+            most, least = part_BKCT.max(axis=2, keepdims=True), part_BKCT.min(axis=2, keepdims=True)
+            index = jnp.arange(factor // 2)[:, None]
+            first = lambda found: jnp.where(found, index, factor).min(axis=2)
+            nearest_BKT = jnp.where((most >= -least)[:, :, 0], first(part_BKCT == most), factor // 2 + first(part_BKCT == least))
+            bucket_BKT = bucket_BKT + step * nearest_BKT
             start, step = start + factor // 2, step * factor
         return bucket_BKT
 
@@ -84,7 +97,7 @@ def normalized(k_BTKH, options: Options):
     return k_BTKH * lax.rsqrt(jnp.mean(k_BTKH**2, axis=-1, keepdims=True) + 1e-6) if options.normalize_keys else k_BTKH
 
 
-def lsh_attention(q_BTNH, k_BTKH, v_BTKH, valid_BT, bucket_RBKT, options: Options, causal: bool):
+def lsh_attention(q_BTNH, k_BTKH, v_BTKH, valid_BT, bucket_RBKT, options: Options, causal: bool, backend: str = "xla"):
     """Attention over the pairs that met in some round, [B, T, N, H]. In `bucket` the invalid positions come last."""
     B, T, N, H = q_BTNH.shape
     R, K = bucket_RBKT.shape[0], k_BTKH.shape[2]
@@ -97,12 +110,11 @@ def lsh_attention(q_BTNH, k_BTKH, v_BTKH, valid_BT, bucket_RBKT, options: Option
 
     q, k, v = rows(q_BTNH.astype(wide), G * H), rows(normalized(k_BTKH, options), H), rows(v_BTKH.astype(wide), H)
     valid = jnp.broadcast_to(jnp.pad(jnp.ones((B, T), bool) if valid_BT is None else valid_BT, ((0, 0), (0, C * W - T)))[:, None], (B, K, C * W))
-    bucket = jnp.pad(bucket_RBKT, ((0, 0),) * 3 + ((0, C * W - T),), constant_values=jnp.iinfo(jnp.int32).max)
-    order = jnp.argsort(bucket, axis=-1, stable=True)  # by (bucket, position)
-    rank = jnp.argsort(order, axis=-1)
+    beyond = 2 * math.prod(bucket_factors(T, options.bucket_size))
+    bucket = jnp.pad(bucket_RBKT, ((0, 0),) * 3 + ((0, C * W - T),), constant_values=beyond)
+    order, rank = sorted_places(bucket, beyond)
     # Query and key met where their places differ by 0 or 1. A place is a chunk or, within buckets, a chunk of one bucket.
-    place = rank // W if options.across_buckets else jnp.where(bucket < jnp.iinfo(jnp.int32).max, bucket, -1) * (C + 1) + rank // W
-    place = jnp.moveaxis(place, 0, -1)  # [B, K, C W, R]
+    place = rank // W if options.across_buckets else jnp.where(bucket < beyond, bucket, -1) * (C + 1) + rank // W
 
     def chunks(x):  # [B, K, C W, ...] -> [B K C, W, ...]
         return x.reshape(B * K * C, W, *x.shape[3:])
@@ -112,32 +124,56 @@ def lsh_attention(q_BTNH, k_BTKH, v_BTKH, valid_BT, bucket_RBKT, options: Option
         before = jnp.pad(x[:, :, :-1], [(0, 0), (0, 0), (1, 0)] + [(0, 0)] * (x.ndim - 3))
         return jnp.concatenate([before, x], axis=3).reshape(B * K * C, 2 * W, *x.shape[4:])
 
-    @jax.checkpoint
+    def met(place_i, place_j):
+        apart = place_i[:, None] - place_j[None, :]
+        return (apart == 0) | (apart == 1)
+
+    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(SAVED))
     def one_round(args):
         r, order, rank = args
 
         def pairs(about):
-            i, j, valid, place_i, place_j = about
-            apart = place_i[:, None] - place_j[None, :]
-            met = (apart == 0) | (apart == 1)
-            seen = jnp.take(met, r, axis=-1) & valid
+            i, j, valid, here_i, here_j, place_i, place_j = about
+            seen = met(here_i, here_j) & valid
+            # A round at a time, and no log of every pair: XLA's CPU backend takes ten times longer for a sum over a short axis.
+            times = sum(met(place_i[n], place_j[n]).astype(jnp.int32) for n in range(R))
+            weight = jnp.zeros(times.shape, jnp.float32)
+            for n in range(2, R + 1):
+                weight = jnp.where(times == n, np.float32(-math.log(n)), weight)
             if causal:
                 seen &= j <= i[:, None]
             if not options.attend_self:
                 seen &= j != i[:, None]
-            return seen, -jnp.log(jnp.maximum(met.sum(axis=-1), 1).astype(wide))
+            return seen, weight
 
         sort = lambda x: jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 3)), axis=2)
-        places = sort(place)
-        about = chunks(order), with_previous(order), with_previous(sort(valid)), chunks(places), with_previous(places)
+        of_rounds = lambda tile: jax.vmap(lambda x: tile(sort(x)), out_axes=1)(place)
+        here = sort(jnp.take(place, r, axis=0))
+        about = chunks(order), with_previous(order), with_previous(sort(valid)), chunks(here), with_previous(here), of_rounds(chunks), of_rounds(with_previous)
         tiles = chunks(permute(q, order, rank)).reshape(-1, W, G, H).swapaxes(1, 2)
-        o, lse = tiled_attention(tiles, *(with_previous(permute(x, order, rank)) for x in (k, v)), pairs, about)
+        o, lse = tiled_attention(tiles, *(with_previous(permute(x, order, rank)) for x in (k, v)), pairs, about, backend=backend, added_bytes=ADDED_BYTES)
         o = permute(o.swapaxes(1, 2).reshape(B, K, C * W, G * H), rank, order)[:, :, :T]
         lse = permute(lse.swapaxes(1, 2).reshape(B, K, C * W, G), rank, order)[:, :, :T]
         return o.swapaxes(1, 2).reshape(B, T, N, H), lse.swapaxes(1, 2).reshape(B, T, N)
 
     o_BTNH, lse_BTN = merge(*zip(*lax.map(one_round, (jnp.arange(R), order, rank))))
     return jnp.where(jnp.isneginf(lse_BTN)[..., None], repeat_kv(v_BTKH, N), o_BTNH)
+
+
+def sorted_places(bucket, most: int):
+    """(which position stands at each place in the order of (bucket, position), and the place of each position), int32 like `bucket` [..., T], of 0 to `most`.
+
+    One sort of whole numbers where they can hold both, which on a CPU takes a tenth of the time of two argsorts.
+    """
+    T = bucket.shape[-1]
+    positions = jnp.arange(T, dtype=jnp.int32)
+    if (most + 1) * T <= jnp.iinfo(jnp.int32).max:
+        order = jnp.sort(bucket * T + positions, axis=-1) % T
+    else:
+        order = jnp.argsort(bucket, axis=-1, stable=True)
+    flat = order.reshape(-1, T)
+    rank = jax.vmap(lambda order: jnp.zeros_like(order).at[order].set(positions, unique_indices=True))(flat)
+    return order, rank.reshape(order.shape)
 
 
 @jax.custom_vjp
@@ -155,7 +191,7 @@ class Lsh(Attention):
     shares_query_key = True
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
-        return lsh_attention(q_BTNH, k_BSKH, v_BSKH, valid_BS, self.buckets(k_BSKH, valid_BS, key), self.options, self.dims.causal)
+        return lsh_attention(q_BTNH, k_BSKH, v_BSKH, valid_BS, self.buckets(k_BSKH, valid_BS, key), self.options, self.dims.causal, self.backend())
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         T, N = q_BTNH.shape[1:3]
@@ -178,6 +214,9 @@ class Lsh(Attention):
         rotations = jax.random.normal(key, (self.options.num_hashes, K, H, sum(factors) // 2))
         bucket_RBKT = hash_buckets(k_BSKH, rotations, factors)
         return bucket_RBKT if valid_BS is None else jnp.where(valid_BS[:, None, :], bucket_RBKT, math.prod(factors))
+
+    def backend(self, masked=False):
+        return backends.choose_tiles(self.dims.backend, self.dims.dtype, self.dims.head_dim)
 
     def plan(self, T, S, masked=False):
         return super().plan(T, S, masked) | {"buckets": math.prod(bucket_factors(T, self.options.bucket_size)), "chunks": -(-T // self.options.bucket_size)}

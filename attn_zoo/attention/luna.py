@@ -20,7 +20,7 @@ from flax import nnx
 
 from attn_zoo.attention.base import Attention, Bound, Paper, Variant, repeat_kv, softmax_reference
 from attn_zoo.attention.linear import FEATURE_MAPS
-from attn_zoo.ops.blocked import blocked_attention
+from attn_zoo.ops import backends
 from attn_zoo.ops.decayed import decayed_attention
 from attn_zoo.ops.linear import state_step
 from attn_zoo.ops.patterns import FULL
@@ -37,11 +37,11 @@ class Options:
         check_int("memory", self.memory, 1)
 
 
-def luna_attention(q_BTNH, k_BSKH, v_BSKH, p_KRH, valid_BS=None):
+def luna_attention(q_BTNH, k_BSKH, v_BSKH, p_KRH, valid_BS=None, part=backends.attention_and_logsumexp):
     """The bidirectional form, [B, T, N, H]."""
     p_BRKH = jnp.broadcast_to(p_KRH.swapaxes(0, 1), (q_BTNH.shape[0], p_KRH.shape[1], *p_KRH.shape[::2])).astype(q_BTNH.dtype)
-    k_BRKH, v_BRKH = (blocked_attention(p_BRKH, k_BSKH, x_BSKH, pattern=FULL, valid_BS=valid_BS)[0] for x_BSKH in (k_BSKH, v_BSKH))
-    return blocked_attention(q_BTNH, k_BRKH, v_BRKH, pattern=FULL)[0]
+    k_BRKH, v_BRKH = (part(p_BRKH, k_BSKH, x_BSKH, pattern=FULL, valid_BS=valid_BS)[0] for x_BSKH in (k_BSKH, v_BSKH))
+    return part(q_BTNH, k_BRKH, v_BRKH, pattern=FULL)[0]
 
 
 def causal_luna_attention(q_BTNH, k_BSKH, v_BSKH, p_KRH, valid_BS=None):
@@ -75,14 +75,19 @@ class Luna(Attention):
 
     anywhere = True
 
+    @property
+    def has_parts(self):  # the causal form takes running averages
+        return not self.dims.causal
+
     def __init__(self, options: Options, dims, *, shared: dict, rngs: nnx.Rngs):
         super().__init__(options, dims)
         # N(0, 1), the scale of a projected query.
         self.packing = nnx.Param(jax.random.normal(rngs.params(), (dims.num_kv_heads, options.memory, dims.head_dim)))
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
-        form = causal_luna_attention if self.dims.causal else luna_attention
-        return form(q_BTNH, k_BSKH, v_BSKH, self.packing[...], valid_BS)
+        if self.dims.causal:
+            return causal_luna_attention(q_BTNH, k_BSKH, v_BSKH, self.packing[...], valid_BS)
+        return luna_attention(q_BTNH, k_BSKH, v_BSKH, self.packing[...], valid_BS, self.part)
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         B, T, N, H = q_BTNH.shape

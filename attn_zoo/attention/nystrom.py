@@ -21,7 +21,7 @@ from jax import lax
 
 from attn_zoo.attention.base import Attention, Paper, Variant, repeat_kv, softmax_reference
 from attn_zoo.attention.pattern import pair_flops
-from attn_zoo.ops.blocked import blocked_attention
+from attn_zoo.ops import backends
 from attn_zoo.ops.patterns import FULL
 from attn_zoo.spec import Unsupported, check, check_int
 
@@ -88,16 +88,16 @@ def pseudo_inverse(A, iterations: int):
     return lax.fori_loop(0, iterations, step, Z)
 
 
-def nystrom_attention(q_BTNH, k_BSKH, v_BSKH, valid_BT, valid_BS, options: Options):
+def nystrom_attention(q_BTNH, k_BSKH, v_BSKH, valid_BT, valid_BS, options: Options, part=backends.attention_and_logsumexp):
     """F (A^+ (B V)), [B, T, N, H] in float32; A is [Q, R], landmarks of queries by landmarks of keys."""
     q_BTNH, k_BSKH, v_BSKH = (x.astype(jnp.float32) for x in (q_BTNH, k_BSKH, v_BSKH))
     q_BQNH, row_BQ = segment_means(q_BTNH, valid_BT, options.landmarks)
     k_BRKH, column_BR = segment_means(k_BSKH, valid_BS, options.landmarks)
     k_BRNH = repeat_kv(k_BRKH, q_BTNH.shape[2])
-    BV_BQNH, _ = blocked_attention(q_BQNH, k_BSKH, v_BSKH, pattern=FULL, valid_BS=valid_BS)
+    BV_BQNH, _ = part(q_BQNH, k_BSKH, v_BSKH, pattern=FULL, valid_BS=valid_BS)
     Z_BNRQ = pseudo_inverse(kernel(q_BQNH, k_BRNH, row_BQ, column_BR), options.iterations)
     slots_BRNH = jnp.einsum("BNRQ,BQNH->BRNH", Z_BNRQ, BV_BQNH, precision="highest")
-    return blocked_attention(q_BTNH, k_BRNH, slots_BRNH, pattern=FULL, valid_BS=None if valid_BS is None else column_BR)[0]
+    return part(q_BTNH, k_BRNH, slots_BRNH, pattern=FULL, valid_BS=None if valid_BS is None else column_BR)[0]
 
 
 def nystrom_reference(q_BTNH, k_BSKH, v_BSKH, valid_BT, valid_BS, options: Options):
@@ -138,6 +138,7 @@ class Nystrom(Attention):
     """Nyström approximation, plus the convolution of values where asked for."""
 
     pools_queries = True
+    has_parts = True
 
     def __init__(self, options: Options, dims, *, shared: dict, rngs: nnx.Rngs):
         super().__init__(options, dims)
@@ -147,9 +148,9 @@ class Nystrom(Attention):
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key, valid_BT=None):
         if max(q_BTNH.shape[1], k_BSKH.shape[1]) <= self.options.landmarks:
-            o_BTNH, _ = blocked_attention(q_BTNH, k_BSKH, v_BSKH, pattern=FULL, valid_BS=valid_BS)
+            o_BTNH, _ = self.part(q_BTNH, k_BSKH, v_BSKH, pattern=FULL, valid_BS=valid_BS)
         else:
-            o_BTNH = nystrom_attention(q_BTNH, k_BSKH, v_BSKH, valid_BT, valid_BS, self.options)
+            o_BTNH = nystrom_attention(q_BTNH, k_BSKH, v_BSKH, valid_BT, valid_BS, self.options, self.part)
         if self.options.residual_kernel is None:
             return o_BTNH
         self._check_residual(q_BTNH, v_BSKH)

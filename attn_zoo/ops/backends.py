@@ -158,6 +158,12 @@ def choose_scan(backend: str, dtype, *, causal: bool = True, corrected: int = 0)
     return _choose(backend, serve)
 
 
+def choose_tiles(backend: str, dtype, head_dim: int) -> str:
+    """The backend that runs attention inside tiles that a variant has brought together (ops.tiled): the native kernels on a CPU, else XLA. Errors as `choose`."""
+    serve = {name: lambda: "it does not know tiles whose pairs follow from the data" for name in ("cudnn", "pallas", "mosaic", "splash")}
+    return _choose(backend, serve | {"native": lambda: _native_serves(dtype, head_dim, False)})
+
+
 def _choose(backend: str, serve: dict[str, Callable[[], bool | str]]) -> str:
     """`backend`, or for 'auto' the first of this platform's that serves: each says True, or the reason why not."""
     check_backend(backend)

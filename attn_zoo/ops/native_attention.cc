@@ -220,6 +220,20 @@ void hide(float* scores, int keys, const uint8_t* bits, const bool* valid) {
   }
 }
 
+// scores[j][i] += added[i][j] LOG2E, of `rows` queries and `keys` keys.
+void add_turned(const float* added, int64_t row, int rows, int keys, float* scores) {
+  for (int j = 0; j < keys; j += LANES)
+    for (int i = 0; i < BLOCK; i += LANES) {
+      Vector x[LANES];
+#pragma GCC unroll 16
+      for (int l = 0; l < LANES; ++l) x[l] = i + l < rows ? LOG2E * load(added + (i + l) * row + j) : Vector{};
+      transpose<1>(x, std::make_index_sequence<LANES>());
+#pragma GCC unroll 16
+      for (int l = 0; l < LANES; ++l)
+        if (j + l < keys) store(scores + (j + l) * BLOCK + i, load(scores + (j + l) * BLOCK + i) + x[l]);
+    }
+}
+
 // The working memory of one worker: keys and values of one head, gathered, and room for what else a pass needs.
 struct Scratch {
   float *k, *v, *rest;
@@ -234,6 +248,16 @@ struct Queries {
   int64_t b, head, first;
   int rows;
 };
+
+// Scores of a tile from scaled products: what is added to them, and which are hidden. `valid` and `added` may be empty; rows of `added` are whole vectors.
+void finish(const Shape& s, Queries rows, ffi::Buffer<ffi::PRED>& valid, Floats& added, int64_t j0, int keys, const uint8_t* bits, float* scores) {
+  if (added.element_count()) {
+    const int64_t row = added.dimensions()[2];
+    add_turned(added.typed_data() + (rows.b * s.T + rows.first) * row + j0, row, rows.rows, keys, scores);
+  }
+  const bool* valid_j = valid.element_count() ? valid.typed_data() + rows.b * s.S + j0 : nullptr;
+  if (bits || valid_j) hide(scores, keys, bits, valid_j);
+}
 
 // Runs task(n, worker) for n < tasks on the pool and on the calling thread, which waits for tasks, never for a thread: all of the pool may be
 // busy with callers that wait too.
@@ -277,7 +301,7 @@ void over_tasks(ffi::ThreadPool& pool, const Shape& s, Results& memory, Start st
   });
 }
 
-ffi::Error forward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, ffi::Buffer<ffi::PRED> valid, Indices full_start, Indices full_block,
+ffi::Error forward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, ffi::Buffer<ffi::PRED> valid, Floats added, Indices full_start, Indices full_block,
                    Indices part_start, Indices part_block, Indices part_tile, ffi::Buffer<ffi::U8> bits, Results o, Results lse, Results memory,
                    float scale, int64_t splits) {
   const auto d = q.dimensions();
@@ -298,8 +322,7 @@ ffi::Error forward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, ffi::Buff
     std::fill(total, total + BLOCK, 0.0f);
     over_blocks(blocks, c, s.S, [&](int64_t j0, int keys, const uint8_t* bits) {
       product(keys, BLOCK, s.H, {x.k + j0 * s.H, s.H, 1}, q_t, BLOCK, p, BLOCK, false);
-      const bool* valid_j = valid.element_count() ? valid.typed_data() + rows.b * s.S + j0 : nullptr;
-      if (bits || valid_j) hide(p, keys, bits, valid_j);
+      finish(s, rows, valid, added, j0, keys, bits, p);
       for (int i = 0; i < BLOCK; i += LANES) {
         const Vector old = load(top + i);
         Vector now = old, sum{};
@@ -327,7 +350,7 @@ ffi::Error forward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, ffi::Buff
   return ffi::Error::Success();
 }
 
-ffi::Error backward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, ffi::Buffer<ffi::PRED> valid, Indices full_start, Indices full_block,
+ffi::Error backward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, ffi::Buffer<ffi::PRED> valid, Floats added, Indices full_start, Indices full_block,
                     Indices part_start, Indices part_block, Indices part_tile, ffi::Buffer<ffi::U8> bits, Floats o, Floats lse, Floats d_o,
                     Floats d_lse, Results dq, Results dk, Results dv, Results memory, float scale, int64_t splits) {
   const auto d = q.dimensions();
@@ -361,8 +384,7 @@ ffi::Error backward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, ffi::Buf
     over_blocks(blocks, c, s.S, [&](int64_t j0, int keys, const uint8_t* bits) {
       const float *k_j = x.k + j0 * s.H, *v_j = x.v + j0 * s.H;
       product(keys, BLOCK, s.H, {k_j, s.H, 1}, q_t, BLOCK, p, BLOCK, false);
-      const bool* valid_j = valid.element_count() ? valid.typed_data() + rows.b * s.S + j0 : nullptr;
-      if (bits || valid_j) hide(p, keys, bits, valid_j);
+      finish(s, rows, valid, added, j0, keys, bits, p);
       product(keys, BLOCK, s.H, {v_j, s.H, 1}, do_t, BLOCK, ds, BLOCK, false);
       for (int j = 0; j < keys; ++j)
         for (int i = 0; i < BLOCK; i += LANES) {
@@ -392,6 +414,7 @@ auto bind() {
       .Arg<Floats>()
       .Arg<Floats>()
       .Arg<ffi::Buffer<ffi::PRED>>()
+      .Arg<Floats>()
       .Arg<Indices>()
       .Arg<Indices>()
       .Arg<Indices>()

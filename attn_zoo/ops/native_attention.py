@@ -15,14 +15,16 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from attn_zoo.ops.blocked import ScoreMod
-from attn_zoo.ops.patterns import Pattern, block_mask, pair_bits
+from attn_zoo.ops.patterns import FULL, Pattern, block_mask, pair_bits
 from attn_zoo.spec import Unsupported
 
 BLOCK = 64  # queries, and keys, of a tile
@@ -31,6 +33,8 @@ MOST_HEAD_DIM = 256
 MOST_SPLITS = 4  # parts of a head's queries that run beside each other; each has dk and dv of its own
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 SOURCE = Path(__file__).with_suffix(".cc")
+NOTHING = np.zeros((0, 0, 0), np.float32)
+SAVED = "native attention"  # the name of results, for policies of jax.checkpoint: with them the backward pass need not run the forward pass again
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
 
 
@@ -65,15 +69,36 @@ def native_attention(
     if reason is not True:
         raise Unsupported(f"the native kernels cannot serve here: {reason}")
     wide = lambda x: jnp.pad(x.astype(jnp.float32), ((0, 0),) * 3 + ((0, -H % LANES),))
-    valid = np.zeros(0, bool) if valid_BS is None else valid_BS
-    o_BTNH, lse_BTN = _attend(pattern, H**-0.5 if scale is None else scale)(*map(wide, (q_BTNH, k_BSKH, v_BSKH)), valid)
+    attend = _attend(pattern, H**-0.5 if scale is None else scale, lambda valid: NOTHING)
+    o_BTNH, lse_BTN = attend(*(_whole(x, 3) for x in (q_BTNH, k_BSKH, v_BSKH)), np.zeros(0, bool) if valid_BS is None else valid_BS, ())
     return o_BTNH[..., :H].astype(q_BTNH.dtype), lse_BTN
 
 
-def _attend(pattern: Pattern, scale: float) -> Callable:
-    """(q, k, v, valid) -> (o, lse), with its own backward pass, of float32 arrays with whole vectors of channels; `valid` may be empty."""
+def native_tiles(
+    q_MTGH: Float[Array, "M T G H"], k_MSH: Float[Array, "M S H"], v_MSH: Float[Array, "M S H"], added: Callable[[Any], Array], about: Any, *, scale: float
+) -> tuple[Float[Array, "M T G H"], Float[Array, "M T G"]]:
+    """Attention inside each of M tiles: (output, float32 logsumexp). added(about), [M, T, S], is added to the scaled scores, -1e30 where a pair is hidden.
 
-    def call(name, results, q, k, v, valid, *more):
+    It is computed again for the backward pass, and neither it nor `about` has a gradient; it must not close over a traced value. Errors as `native_attention`.
+    """
+    H = q_MTGH.shape[-1]
+    reason = serves(jnp.result_type(q_MTGH, k_MSH, v_MSH), H, False)
+    if reason is not True:
+        raise Unsupported(f"the native kernels cannot serve here: {reason}")
+    attend = _attend(FULL, scale, lambda about: _whole(added(about), 2))
+    o_MTGH, lse_MTG = attend(*(_whole(x, 3) for x in (q_MTGH, k_MSH[:, :, None], v_MSH[:, :, None])), np.zeros(0, bool), about)
+    return o_MTGH[..., :H].astype(q_MTGH.dtype), lse_MTG
+
+
+def _whole(x: Array, axis: int) -> Array:
+    """x in float32, with whole vectors along its last axis."""
+    return jnp.pad(x.astype(jnp.float32), ((0, 0),) * axis + ((0, -x.shape[axis] % LANES),))
+
+
+def _attend(pattern: Pattern, scale: float, added: Callable[[Any], Array]) -> Callable:
+    """(q, k, v, valid, about) -> (o, lse), with its own backward pass, of float32 arrays with whole vectors of channels; `valid` and added(about) may be empty."""
+
+    def call(name, results, q, k, v, valid, about, *more):
         (B, T), (S, K, H) = q.shape[:2], k.shape[1:]
         floats = getattr(library(), f"attn_zoo_{name}_floats")(S, H)
         cores = os.cpu_count() or 1
@@ -82,20 +107,20 @@ def _attend(pattern: Pattern, scale: float) -> Callable:
         lists = mask.full_start, mask.full_block, mask.part_start, mask.part_block, *pair_bits(pattern, T, S)
         shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (*results(splits), (min(cores, B * K * splits), floats))]
         run = jax.ffi.ffi_call(f"attn_zoo_{name}", shapes, vmap_method="sequential")
-        return run(q, k, v, valid, *lists, *more, scale=np.float32(scale), splits=np.int64(splits))[:-1]
+        return run(q, k, v, valid, added(about), *lists, *more, scale=np.float32(scale), splits=np.int64(splits))[:-1]
 
     @jax.custom_vjp
-    def attend(q, k, v, valid):
-        return tuple(call("forward", lambda splits: (q.shape, q.shape[:3]), q, k, v, valid))
+    def attend(q, k, v, valid, about):
+        return tuple(call("forward", lambda splits: (q.shape, q.shape[:3]), q, k, v, valid, about))
 
-    def attend_fwd(q, k, v, valid):
-        o, lse = attend(q, k, v, valid)
-        return (o, lse), (q, k, v, valid, o, lse)
+    def attend_fwd(q, k, v, valid, about):
+        o, lse = (checkpoint_name(x, SAVED) for x in attend(q, k, v, valid, about))
+        return (o, lse), (q, k, v, valid, about, o, lse)
 
     def attend_bwd(residuals, cotangents):
         q, k = residuals[:2]
         dq, dk, dv = call("backward", lambda splits: (q.shape, (splits, *k.shape), (splits, *k.shape)), *residuals, *cotangents)
-        return dq, dk.sum(axis=0), dv.sum(axis=0), None
+        return dq, dk.sum(axis=0), dv.sum(axis=0), None, None
 
     attend.defvjp(attend_fwd, attend_bwd)
     return attend

@@ -55,7 +55,7 @@ class Jax:
 
     framework = "jax"
 
-    def __init__(self, name: str, function: Callable, args: tuple, *, spec: str, causal: bool, layer: bool = False, peer: bool = False, plan: dict | None = None):
+    def __init__(self, name: str, function: Callable, args: tuple, *, spec: str, causal: bool, layer: bool | str = False, peer: bool = False, plan: dict | None = None):
         self.name, self.spec, self.causal, self.layer, self.peer, self.plan = name, spec, causal, layer, peer, plan or {}
         self._function, self._args, self._compiled = function, args, {}
 
@@ -117,15 +117,22 @@ def variant(problem: Problem, name: str, spec: str, causal: bool, qkv: tuple, ba
     return Jax(name, lambda q, k, v: nnx.merge(graph, state)(q, k, v), qkv, spec=spec, causal=causal, plan=plan)
 
 
-def layer(problem: Problem, name: str, spec: str, causal: bool) -> Jax:
-    """A variant with its projections, [B, T, N H] to [B, T, N H]; gradients to input and parameters."""
+def layer(problem: Problem, name: str, spec: str, causal: bool, projections: bool | str) -> Jax:
+    """A variant with its projections, [B, T, N H] to [B, T, N H], or 'inputs', those to queries, keys and values alone; gradients to input and parameters."""
     attention, D = problem.attention(spec, causal), problem.N * problem.H
     module = MultiHeadAttention(attention, D=D, rngs=nnx.Rngs(0))
     graph, params, rest = nnx.split(module, nnx.Param, ...)
     params = jax.tree.map(lambda x: x.astype(problem.dtype), params)
     x = jax.random.normal(jax.random.key(0), (problem.B, problem.T, D)).astype(problem.dtype)
-    call = lambda params, x: nnx.merge(graph, params, rest)(x)
-    return Jax(name, call, (params, x), spec=spec, causal=causal, layer=True, plan=attention.plan(problem.T, problem.T))
+
+    def call(params, x):
+        module = nnx.merge(graph, params, rest)
+        if projections != "inputs":
+            return module(x)
+        heads = (jnp.einsum("BTD,DNH->BTNH", x, weights[...]) for weights in (module.query, module.key, module.value))
+        return module.attention(*heads).reshape(x.shape)
+
+    return Jax(name, call, (params, x), spec=spec, causal=causal, layer=projections, plan=attention.plan(problem.T, problem.T))
 
 
 def jax_peers(problem: Problem, window: int, qkv: tuple) -> list[Jax]:
@@ -208,7 +215,7 @@ class Torch:
 
     framework, peer, plan = "torch", True, {}
 
-    def __init__(self, process: TorchProcess, name: str, spec: str, causal: bool, layer: bool, reason: str | None):
+    def __init__(self, process: TorchProcess, name: str, spec: str, causal: bool, layer: bool | str, reason: str | None):
         self.name, self.spec, self.causal, self.layer, self._reason, self._process = name, plain(spec), causal, layer, reason, process
 
     def prepare(self, mode: str) -> dict[str, Any]:

@@ -7,8 +7,8 @@ Requests and answers are JSON, a line each, on standard input and output:
     {"do": "time", "name", "mode", "calls"} -> {"seconds"} or {"reason"}             of one call, the mean of so many
     {"do": "about"} -> {"torch", "device"}                                           its version, and where it runs
 
-A peer gets its inputs in the layout that it asks for, so that no copy of ours is timed. Those that come only with their projections (`layer`) get [B, T, N H],
-and gradients to input and parameters are taken.
+A peer gets its inputs in the layout that it asks for, so that no copy of ours is timed. Those that come only with their projections (`layer`: True, or 'inputs' where
+there are those to queries, keys and values, and none of the output) get [B, T, N H], and gradients to input and parameters are taken.
 """
 
 import os
@@ -57,7 +57,7 @@ class Peer:
     spec: str
     causal: bool
     build: Callable[[Shape], Callable]
-    layer: bool = False
+    layer: bool | str = False
     layout: str = "heads first"
     needs: tuple[str, ...] = ()
     cuda: bool = False
@@ -89,11 +89,12 @@ def peers(settings: dict[str, Any]) -> list[Peer]:
     ]
     if torch.cuda.is_available():  # the packages below are made of PyTorch's plain operations; the GPU's marks are those above
         return found
-    local = f"local(window={window})"
+    local, bigbird = f"local(window={window})", f"block(block={block}, global_blocks=2, random_blocks=3)"
     found += [
         Peer("local-attention", local, True, functools.partial(_local_attention, window), needs=("local_attention",)),
-        Peer("Longformer (transformers)", local, False, functools.partial(_longformer, window), layer=True, needs=("transformers",)),
-        Peer("BigBird (transformers)", f"block(block={block}, global_blocks=2, random_blocks=3)", False, functools.partial(_bigbird, block), layer=True, needs=("transformers",)),
+        Peer("Longformer (transformers)", local, False, functools.partial(_longformer, window), layer="inputs", needs=("transformers",)),
+        Peer("BigBird (transformers)", bigbird, False, functools.partial(_bigbird, block, True), layer="inputs", needs=("transformers",)),
+        Peer("BigBird (transformers), between its projections", bigbird, False, functools.partial(_bigbird, block, False), needs=("transformers",)),
         Peer("linformer (PyTorch)", f"linformer(rank={rank}, share='heads')", False, functools.partial(_linformer, rank), layer=True, needs=("linformer",)),
         Peer("nystrom-attention", f"nystrom(landmarks={landmarks}, residual_kernel=33)", False, functools.partial(_nystrom, landmarks), layer=True, needs=("nystrom_attention",)),
         Peer("reformer-pytorch", f"lsh(num_hashes=4, bucket_size={block})", True, functools.partial(_reformer, block), layout="shared", needs=("reformer_pytorch",)),
@@ -164,7 +165,7 @@ def _longformer(window, shape):
     return _Module(layer, lambda x: layer(x, mask, nobody, nobody, False)[0])
 
 
-def _bigbird(block, shape):
+def _bigbird(block, projections, shape):
     from transformers import BigBirdConfig
     from transformers.models.big_bird.modeling_big_bird import BigBirdBlockSparseAttention, BigBirdModel
 
@@ -174,7 +175,11 @@ def _bigbird(block, shape):
     layer = BigBirdBlockSparseAttention(config, seed=0).train().to(shape.device, shape.dtype)  # in evaluation its random blocks are all the first
     everything = torch.ones(shape.B, shape.T, dtype=shape.dtype, device=shape.device)
     blocked, band, rows, keys = BigBirdModel.create_masks_for_block_sparse_attn(everything, block)
-    return _Module(layer, lambda x: layer(x, band_mask=band, from_mask=rows, to_mask=keys, from_blocked_mask=blocked, to_blocked_mask=blocked)[0])
+    masks = dict(band_mask=band, from_mask=rows, to_mask=keys, from_blocked_mask=blocked, to_blocked_mask=blocked)
+    if projections:
+        return _Module(layer, lambda x: layer(x, **masks)[0])
+    sizes = shape.N, 3, shape.H, block, block, shape.B, shape.T, shape.T
+    return lambda q, k, v: layer.bigbird_block_sparse_attention(q, k, v, *masks.values(), *sizes, seed=0, plan_from_length=None, plan_num_rand_blocks=None)[0].transpose(1, 2)
 
 
 def _linformer(rank, shape):

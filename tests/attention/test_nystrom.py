@@ -94,8 +94,11 @@ def full(q, k, v):
 
 
 def test_full_attention_is_the_limit_of_many_landmarks():
-    """Before the switch to softmax attention: F A^+ B is A itself when all positions are landmarks, in gradients too."""
+    """Before the switch to softmax attention: F A^+ B is A itself when all positions are landmarks, in gradients too.
+
+    Queries twice as long make A less like a constant, whose inverse is rounding."""
     q, k, v = inputs(48, B=1, seed=1)
+    q = 2 * q
     weights = jnp.asarray(np.random.default_rng(2).normal(size=q.shape), jnp.float32)
     nystrom = lambda q, k, v: nystrom_attention(q, k, v, None, None, Options(landmarks=48, iterations=20))
     np.testing.assert_allclose(nystrom(q, k, v), full(q, k, v), atol=1e-4)
