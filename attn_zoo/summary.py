@@ -197,7 +197,7 @@ def crossover(lengths: list[int], reference_s: list[float], variant_s: list[floa
 
 
 def predicted_crossover(lengths: list[int], reference_s: list[float], variant_s: list[float]) -> float:
-    """The length beyond those measured at which the least-squares lines of both times on log-log scales meet; inf if they never do.
+    """The length beyond those measured at which the least-squares lines of both times on log-log scales meet; inf if they never do, or beyond any use.
 
     For a variant that is not faster at the last of three lengths or more.
     """
@@ -206,7 +206,8 @@ def predicted_crossover(lengths: list[int], reference_s: list[float], variant_s:
     if own is None or own >= reference:
         return math.inf
     behind = statistics.fmean(math.log(v / r) for r, v in zip(reference_s, variant_s))  # of the lines, at the mean of log T
-    return max(math.exp(statistics.fmean(map(math.log, lengths)) + behind / (reference - own)), lengths[-1])
+    beyond = statistics.fmean(map(math.log, lengths)) + behind / (reference - own) - math.log(lengths[-1])
+    return math.inf if beyond > math.log(10**6) else max(lengths[-1] * math.exp(beyond), lengths[-1])
 
 
 def variants_of(records: list[dict[str, Any]]) -> list[str]:

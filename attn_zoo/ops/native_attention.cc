@@ -31,8 +31,8 @@ constexpr int LANES = 8, ROWS = 6, VECTORS = 2;
 #else
 constexpr int LANES = 4, ROWS = 4, VECTORS = 4;
 #endif
-constexpr int BLOCK = 64;            // queries, and keys, of a tile: as many as a row of mask bits has
-constexpr float HIDDEN = -1e30f;     // a hidden score: finite, so that differences are numbers
+constexpr int BLOCK = 64;  // queries, and keys, of a tile: as many as a row of mask bits has
+constexpr float HIDDEN = -1e30f;  // a hidden score: finite, so that differences are numbers
 constexpr float LOG2E = 1.4426950408889634f;
 
 typedef float Vector __attribute__((vector_size(4 * LANES)));

@@ -13,12 +13,14 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
@@ -33,7 +35,7 @@ MOST_HEAD_DIM = 256
 MOST_SPLITS = 4  # parts of a head's queries that run beside each other; each has dk and dv of its own
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 SOURCE = Path(__file__).with_suffix(".cc")
-NOTHING = np.zeros((0, 0, 0), np.float32)
+NOTHING = np.zeros((0, 0, 0), np.float32)  # added to scores
 SAVED = "native attention"  # the name of results, for policies of jax.checkpoint: with them the backward pass need not run the forward pass again
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
 
@@ -68,8 +70,7 @@ def native_attention(
     reason = serves(jnp.result_type(q_BTNH, k_BSKH, v_BSKH), H, score_mod is not None)
     if reason is not True:
         raise Unsupported(f"the native kernels cannot serve here: {reason}")
-    wide = lambda x: jnp.pad(x.astype(jnp.float32), ((0, 0),) * 3 + ((0, -H % LANES),))
-    attend = _attend(pattern, H**-0.5 if scale is None else scale, lambda valid: NOTHING)
+    attend = _attend(pattern, H**-0.5 if scale is None else scale, lambda about: NOTHING)
     o_BTNH, lse_BTN = attend(*(_whole(x, 3) for x in (q_BTNH, k_BSKH, v_BSKH)), np.zeros(0, bool) if valid_BS is None else valid_BS, ())
     return o_BTNH[..., :H].astype(q_BTNH.dtype), lse_BTN
 
@@ -90,6 +91,11 @@ def native_tiles(
     return o_MTGH[..., :H].astype(q_MTGH.dtype), lse_MTG
 
 
+def core_count() -> int:
+    """How many cores this process may run on, as XLA counts them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _whole(x: Array, axis: int) -> Array:
     """x in float32, with whole vectors along its last axis."""
     return jnp.pad(x.astype(jnp.float32), ((0, 0),) * axis + ((0, -x.shape[axis] % LANES),))
@@ -101,7 +107,7 @@ def _attend(pattern: Pattern, scale: float, added: Callable[[Any], Array]) -> Ca
     def call(name, results, q, k, v, valid, about, *more):
         (B, T), (S, K, H) = q.shape[:2], k.shape[1:]
         floats = getattr(library(), f"attn_zoo_{name}_floats")(S, H)
-        cores = os.cpu_count() or 1
+        cores = core_count()
         splits = max(1, min(MOST_SPLITS, cores // (B * K), -(-T // BLOCK)))
         mask = block_mask(pattern, T, S, BLOCK, BLOCK)
         lists = mask.full_start, mask.full_block, mask.part_start, mask.part_block, *pair_bits(pattern, T, S)
@@ -128,7 +134,14 @@ def _attend(pattern: Pattern, scale: float, added: Callable[[Any], Array]) -> Ca
 
 @functools.cache
 def library() -> ctypes.CDLL | str:
-    """The compiled kernels, known to XLA; else the reason why there are none."""
+    """The compiled kernels, known to XLA; else the reason why there are none, of which it warns once."""
+    found = _library()
+    if isinstance(found, str):
+        warnings.warn(f"softmax attention runs on XLA's engine, two to four times slower on a CPU than native kernels: {found}", stacklevel=2)
+    return found
+
+
+def _library() -> ctypes.CDLL | str:
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     compiler = next((words for words in map(shlex.split, names) if shutil.which(words[0])), None)
     if compiler is None:
@@ -151,7 +164,7 @@ def _compiled(compiler: list[str]) -> Path:
     """The shared library, compiled unless the cache has one of this source, by this compiler, for this kind of processor and version of JAX."""
     run = functools.partial(subprocess.run, check=True, capture_output=True, text=True)
     machine = run([*compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]).stdout  # the compiler's version is among its macros too
-    identity = hashlib.sha256("\n".join([machine, *FLAGS, jax.lib.__version__, SOURCE.read_text()]).encode()).hexdigest()[:16]
+    identity = hashlib.sha256("\n".join([machine, *FLAGS, jaxlib.__version__, SOURCE.read_text()]).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attn_zoo"
     path = folder / f"native_attention-{identity}.so"
     if not path.exists():

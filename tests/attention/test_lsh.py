@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from attn_zoo import make_attention
-from attn_zoo.attention.lsh import bucket_factors, hash_buckets, lsh_attention
+from attn_zoo.attention.lsh import bucket_factors, hash_buckets, lsh_attention, sorted_places
 
 B, T, N, H, W = 2, 27, 2, 8, 6
 
@@ -128,3 +128,13 @@ def test_rotations_are_drawn_anew_for_every_key_and_kept_without_one():
     assert (buckets(key=1) != buckets(key=2)).any() and (buckets(seed=1) != buckets()).any()
     rounds = buckets(key=1)
     assert all((rounds[r] != rounds[0]).any() for r in range(1, len(rounds)))
+
+
+@pytest.mark.parametrize("most", [6, 2**28])
+def test_places_are_those_of_a_stable_sort(most):
+    """By one sort of whole numbers, and where they would not fit, by argsort."""
+    bucket = np.random.default_rng(0).integers(0, 7, (2, 3, 50)).astype(np.int32) * (most // 6)
+    order, rank = jax.jit(sorted_places, static_argnums=1)(jnp.asarray(bucket), most)
+    expected = np.argsort(bucket, axis=-1, kind="stable")
+    np.testing.assert_array_equal(order, expected)
+    np.testing.assert_array_equal(rank, np.argsort(expected, axis=-1))
