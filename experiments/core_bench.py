@@ -25,7 +25,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch's pro
 import jax
 from absl import app, flags
 from bench import candidates, report
-from bench.candidates import Problem, TorchProcess, way
+from bench.candidates import Problem, TorchProcess
 from bench.rounds import MODES, measure
 from bench.single_pattern import single_pattern
 
@@ -67,13 +67,7 @@ def rows_of(problem: Problem, specs: list[str], torch: TorchProcess | None) -> l
             add(candidates.variant, problem, spec + both + mark, spec, causal, qkv, backend)
     peers = candidates.jax_peers(problem, SIZES["window"], qkv) if PEERS.value != "none" else []
     peers += torch.candidates(problem) if torch else []
-    for peer in peers:
-        if peer.layer:
-            said = ", with its input projections" if peer.layer == "inputs" else ", as a layer"
-            add(candidates.layer, problem, f"{peer.spec}{way(peer.causal)}{said}", peer.spec, peer.causal, peer.layer)
-        elif not any(c.spec == peer.spec and c.causal == peer.causal and not c.peer for c in found.values()):
-            add(candidates.variant, problem, f"{peer.spec}{way(peer.causal)}", peer.spec, peer.causal, qkv)
-    return [*peers, *found.values()]
+    return [*peers, *found.values(), *candidates.counterparts(peers, list(found.values()), problem, qkv)]
 
 
 def directed(specs: list[str]) -> list[tuple[str, bool]]:

@@ -3,9 +3,11 @@
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -20,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results" / "core_bench"
 LENGTHS = (32, 64, 128)
 sys.path.insert(0, str(ROOT / "experiments"))
-from bench.candidates import CannotRun
+from bench.candidates import CannotRun, Problem, counterparts, heads
 from bench.rounds import measure
 from bench.single_pattern import single_pattern
 
@@ -112,6 +114,20 @@ def test_a_row_that_fails_while_it_is_timed_says_so_and_the_others_go_on():
             assert outcome["status"] == "ok" and outcome["speed"]["n"] == 4
         else:
             assert outcome == {"temp_bytes": 1, "status": "unsupported", "message": "it ran out of memory"}
+
+
+def test_each_peer_has_its_counterpart_once():
+    """A layer beside a layer, with the same projections, and attention alone beside attention alone, though the spec be one."""
+    problem = Problem(1, 64, N, H, "float32")
+    block = "block(block=16)"
+    peers = [types.SimpleNamespace(spec=spec, causal=causal, layer=layer) for spec, causal, layer in
+             [(block, False, "inputs"), (block, False, False), (block, False, False), (block, False, True), ("full", True, False), ("full", False, False)]]  # fmt: skip
+    rows = counterparts(peers[4:5], [], problem, heads(problem))
+    rows += counterparts(peers, rows, problem, heads(problem))
+    endings = ["", ", bidirectional, with its input projections", ", bidirectional", ", bidirectional, as a layer", ", bidirectional"]
+    assert [row.name for row in rows] == [spec + ending for spec, ending in zip(["full", block, block, block, "full"], endings)]
+    shapes = [jax.tree.map(jnp.shape, row._function(*row._args)) for row in rows]
+    assert shapes == [(1, 64, N, H), (1, 64, N * H), (1, 64, N, H), (1, 64, N * H), (1, 64, N, H)]
 
 
 DIRECTED = [(name, causal) for name, v in VARIANTS.items() for causal in (True, False) if not causal or v.causal is True]

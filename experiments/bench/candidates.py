@@ -135,6 +135,22 @@ def layer(problem: Problem, name: str, spec: str, causal: bool, projections: boo
     return Jax(name, call, (params, x), spec=spec, causal=causal, layer=projections, plan=attention.plan(problem.T, problem.T))
 
 
+def counterparts(peers: list, rows: list[Jax], problem: Problem, qkv: tuple) -> list[Jax]:
+    """The variants that peers stand beside, with projections where those have them, as far as `rows` lacks them."""
+    known = {(row.spec, row.causal, row.layer) for row in rows}
+    found = {}
+    for peer in peers:
+        of = peer.spec, peer.causal, peer.layer
+        name = f"{peer.spec}{way(peer.causal)}"
+        if of in known or of in found:
+            continue
+        if peer.layer:
+            found[of] = layer(problem, name + (", with its input projections" if peer.layer == "inputs" else ", as a layer"), *of)
+        else:
+            found[of] = variant(problem, name, peer.spec, peer.causal, qkv)
+    return list(found.values())
+
+
 def jax_peers(problem: Problem, window: int, qkv: tuple) -> list[Jax]:
     """JAX's own attention and tokamax's, each as the variant that sees the same pairs; one that cannot run says why when it is prepared."""
     local = plain(f"local(window={window})")
