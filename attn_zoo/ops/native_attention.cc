@@ -175,8 +175,8 @@ float dot(const float* a, const float* b, int H) {
   return total;
 }
 
-void copy_rows(const float* from, int64_t from_row, float* to, int64_t to_row, int rows, int H) {
-  for (int i = 0; i < rows; ++i) std::memcpy(to + i * to_row, from + i * from_row, sizeof(float) * H);
+void copy_rows(const float* from, int64_t from_row, float* to, int64_t to_row, int64_t rows, int H) {
+  for (int64_t i = 0; i < rows; ++i) std::memcpy(to + i * to_row, from + i * from_row, sizeof(float) * H);
 }
 
 // Which blocks: those of a BlockMask, and for each partial one the number of its tile of bits, [tile, key, query / 8].
@@ -193,6 +193,11 @@ struct Shape {
   int64_t query_row() const { return N * H; }
   int64_t key_row() const { return K * H; }
 };
+
+Shape shape_of(const Floats& q, const Floats& k, float scale, int64_t splits) {
+  const auto of_q = q.dimensions(), of_k = k.dimensions();
+  return {of_q[0], of_q[1], of_k[1], of_q[2], of_k[2], int(of_q[3]), scale, splits};
+}
 
 // body(first key, keys, rows of bits or null) for each block of query block c.
 template <class Body>
@@ -238,6 +243,12 @@ void add_turned(const float* added, int64_t row, int rows, int keys, float* scor
 struct Scratch {
   float *k, *v, *rest;
 };
+
+void gather(const Shape& s, const Floats& k, const Floats& v, int64_t b, int64_t head, const Scratch& x) {
+  const int64_t at = (b * s.S * s.K + head) * s.H;
+  copy_rows(k.typed_data() + at, s.key_row(), x.k, s.H, s.S, s.H);
+  copy_rows(v.typed_data() + at, s.key_row(), x.v, s.H, s.S, s.H);
+}
 
 // Floats of it: a forward pass has q_t, o_t, scores, maxima and sums besides; a backward pass dk, dv, q_t, do_t, dq_t, q, do, weights, their
 // gradients, and three numbers a query.
@@ -304,15 +315,11 @@ void over_tasks(ffi::ThreadPool& pool, const Shape& s, Results& memory, Start st
 ffi::Error forward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, ffi::Buffer<ffi::PRED> valid, Floats added, Indices full_start, Indices full_block,
                    Indices part_start, Indices part_block, Indices part_tile, ffi::Buffer<ffi::U8> bits, Results o, Results lse, Results memory,
                    float scale, int64_t splits) {
-  const auto d = q.dimensions();
-  const Shape s{d[0], d[1], k.dimensions()[1], d[2], k.dimensions()[2], int(d[3]), scale, splits};
+  const Shape s = shape_of(q, k, scale, splits);
   const Blocks blocks{full_start.typed_data(), full_block.typed_data(), part_start.typed_data(),
                       part_block.typed_data(), part_tile.typed_data(),  bits.typed_data()};
 
-  const auto start = [&](const Scratch& x, int64_t b, int64_t head) {
-    copy_rows(k.typed_data() + (b * s.S * s.K + head) * s.H, s.key_row(), x.k, s.H, s.S, s.H);
-    copy_rows(v.typed_data() + (b * s.S * s.K + head) * s.H, s.key_row(), x.v, s.H, s.S, s.H);
-  };
+  const auto start = [&](const Scratch& x, int64_t b, int64_t head) { gather(s, k, v, b, head, x); };
   const auto block = [&](const Scratch& x, int64_t c, Queries rows) {
     float *q_t = x.rest, *o_t = q_t + s.H * BLOCK, *p = o_t + s.H * BLOCK, *top = p + BLOCK * BLOCK, *total = top + BLOCK;
     const int64_t row = (rows.b * s.T + rows.first) * s.N + rows.head;
@@ -353,14 +360,12 @@ ffi::Error forward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, ffi::Buff
 ffi::Error backward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, ffi::Buffer<ffi::PRED> valid, Floats added, Indices full_start, Indices full_block,
                     Indices part_start, Indices part_block, Indices part_tile, ffi::Buffer<ffi::U8> bits, Floats o, Floats lse, Floats d_o,
                     Floats d_lse, Results dq, Results dk, Results dv, Results memory, float scale, int64_t splits) {
-  const auto d = q.dimensions();
-  const Shape s{d[0], d[1], k.dimensions()[1], d[2], k.dimensions()[2], int(d[3]), scale, splits};
+  const Shape s = shape_of(q, k, scale, splits);
   const Blocks blocks{full_start.typed_data(), full_block.typed_data(), part_start.typed_data(),
                       part_block.typed_data(), part_tile.typed_data(),  bits.typed_data()};
 
   const auto start = [&](const Scratch& x, int64_t b, int64_t head) {
-    copy_rows(k.typed_data() + (b * s.S * s.K + head) * s.H, s.key_row(), x.k, s.H, s.S, s.H);
-    copy_rows(v.typed_data() + (b * s.S * s.K + head) * s.H, s.key_row(), x.v, s.H, s.S, s.H);
+    gather(s, k, v, b, head, x);
     std::fill(x.rest, x.rest + 2 * s.S * s.H, 0.0f);
   };
   const auto block = [&](const Scratch& x, int64_t c, Queries rows) {
