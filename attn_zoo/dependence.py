@@ -18,7 +18,8 @@ def longest_chain(function: Callable, *args: Any) -> int:
 
     The jaxpr is followed operation by operation, and with each value goes the longest chain that it waited for. A trip of a while loop, or of a scan that
     carries something on, adds one to what comes out of it: a recurrence over T positions is a chain of T, and a map, whose trips know nothing of each other, is
-    none. Of the values themselves only those are computed that say how often a loop runs, or which branch is taken.
+    none; nor is a call of a kernel, whatever loops it has inside. Of the values themselves only those are computed that say how often a loop runs, or which
+    branch is taken.
     """
     closed = jax.make_jaxpr(lambda *args: function(*args))(*args)  # anew: JAX would remember what a module was when it was traced before
     return max((chain for _, chain in _run(closed, [_known(leaf) for leaf in jax.tree.leaves(args)])), default=0)

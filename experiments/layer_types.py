@@ -11,7 +11,8 @@ attention, 4 T D^2, out of its complexity, so here it stands a second time witho
 Time: forward, and forward + backward to input and parameters; all layers of one size are compiled first and then timed in interleaved rounds. Exponents are
 least-squares slopes of log seconds over log T at a fixed D, and over log D at a fixed T, with standard error.
 Sequential operations: the longest chain of loop trips that wait for each other (attn_zoo.dependence), a layer without loops being one operation. Attention
-is counted as defined, by its reference, and as timed, in blocks of queries and keys that it visits one after the other to save memory.
+is counted as defined, by its reference, and as timed, in blocks of queries and keys that it visits one after the other to save memory
+(but where a kernel of attention runs, as `auto` has it on most machines: then they are inside of one call, and not counted).
 Maximum path length: from the first input to the last output. It is the number of layers that a stack needs until the one depends on the other, found by
 following the zeros of each layer's gradient, times the sequential operations of a layer that passes on a state.
 """

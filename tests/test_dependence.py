@@ -46,7 +46,7 @@ def test_values_along_the_way_are_right():
 
 
 def test_attention_has_no_chain_as_defined_and_one_of_blocks_as_computed():
-    attention = make_attention("full", num_heads=1, head_dim=4, max_len=1100, causal=True)
+    attention = make_attention("full", num_heads=1, head_dim=4, max_len=1100, causal=True, backend="xla")
     q = jnp.ones((1, 1100, 1, 4))
     assert longest_chain(attention.reference, q, q, q) == 0
     # The blocks of 512 keys that the last query sees; the blocks of queries, and the one group of heads, whose loops write into one array.

@@ -272,7 +272,7 @@ def test_what_cannot_be_a_sweep_is_refused(arguments, message, call, tmp_path, m
         (["--set", "train.steps=-1"], "steps=-1: must be a whole number of at least 0"),
         (["--set", "train.steps"], "write key=value"),
         (["--set", "model.norm=layer"], "must be one of 'layernorm', 'rmsnorm'"),
-        (["--set", "attention.backend=cuda"], "attention.backend='cuda': must be one of auto, xla, cudnn"),
+        (["--set", "attention.backend=cuda"], "attention.backend='cuda': must be one of auto, xla, native, cudnn"),
         (["--set", "task=byte"], "there is no task 'byte'; did you mean 'bytes'?"),
         (["--set", "task=bytes(objektive='causal')"], "task 'bytes' has no option 'objektive'; did you mean 'objective'?"),
         (["--set", "task=bytes(objective='mask')"], "did you mean 'masked'?"),
