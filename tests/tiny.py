@@ -5,14 +5,14 @@ import os
 import numpy as np
 
 from attn_zoo.config import Attention, Cell, Measure, Model, Train
-from attn_zoo.ops.native_attention import library
+from attn_zoo.ops.native import library
 from attn_zoo.tasks import Task
 
 # A process that a test starts sees one device, as a user's does: the four of conftest.py are for the tests' own process.
 # It compiles without LLVM's optimizations, in half the time.
 ENV = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
-ON_CPU = "xla" if isinstance(library(), str) else "native"  # what 'auto' runs patterns on: the native kernels where there is a C++ compiler
+ON_CPU = "xla" if isinstance(library(), str) else "native"  # what 'auto' runs patterns and scans on: the native kernels where there is a C++ compiler
 
 MQAR = "mqar(vocab=16, pairs=2, train_examples=64, validation_examples=8, test_examples=1)"  # prepared in a moment
 

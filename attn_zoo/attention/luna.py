@@ -21,8 +21,7 @@ from flax import nnx
 from attn_zoo.attention.base import Attention, Bound, Paper, Variant, repeat_kv, softmax_reference
 from attn_zoo.attention.linear import FEATURE_MAPS
 from attn_zoo.ops import backends
-from attn_zoo.ops.decayed import decayed_attention
-from attn_zoo.ops.linear import state_step
+from attn_zoo.ops.linear import kernel_sums, state_step
 from attn_zoo.ops.patterns import FULL
 from attn_zoo.spec import check_int
 
@@ -44,16 +43,14 @@ def luna_attention(q_BTNH, k_BSKH, v_BSKH, p_KRH, valid_BS=None, part=backends.a
     return part(q_BTNH, k_BRKH, v_BRKH, pattern=FULL)[0]
 
 
-def causal_luna_attention(q_BTNH, k_BSKH, v_BSKH, p_KRH, valid_BS=None):
-    """The causal form, float32 [B, T, N, H], in O(T) memory."""
+def causal_luna_attention(q_BTNH, k_BSKH, v_BSKH, p_KRH, valid_BS=None, backend="xla"):
+    """The causal form, float32 [B, T, N, H], in O(T) memory. `backend` is of its sums (see backends.choose_scan)."""
     T, N, H = q_BTNH.shape[1:]
     a_BSKR = pack_weights(k_BSKH, p_KRH, valid_BS)
     count_BT = seen_count(a_BSKR.shape[:2], T, valid_BS)
-    # Keys beyond the last query are never seen; missing ones (S < T) are zeros, which add nothing.
-    k_BTKH, v_BTKH, a_BTKR = (jnp.pad(x[:, :T], ((0, 0), (0, T - min(T, x.shape[1])), (0, 0), (0, 0))) for x in (k_BSKH, v_BSKH, a_BSKR))
-    average = lambda x, y, z: decayed_attention(x, y, z, jnp.zeros(y.shape[:3])) / count_BT[:, :, None, None]
-    scores_BTNR = average(q_BTNH, k_BTKH, a_BTKR) * H**-0.5
-    return average(jax.nn.softmax(scores_BTNR), a_BTKR, v_BTKH)
+    average = lambda x, y, z: kernel_sums(x, y, z, causal=True, backend=backend)[0] / count_BT[:, :, None, None]
+    scores_BTNR = average(q_BTNH, k_BSKH, a_BSKR) * H**-0.5
+    return average(jax.nn.softmax(scores_BTNR), a_BSKR, v_BSKH)
 
 
 def pack_weights(k_BSKH, p_KRH, valid_BS):
@@ -84,9 +81,12 @@ class Luna(Attention):
         # N(0, 1), the scale of a projected query.
         self.packing = nnx.Param(jax.random.normal(rngs.params(), (dims.num_kv_heads, options.memory, dims.head_dim)))
 
+    def backend(self, masked=False):
+        return backends.choose_scan(self.dims.backend, self.dims.dtype) if self.dims.causal else super().backend(masked)
+
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         if self.dims.causal:
-            return causal_luna_attention(q_BTNH, k_BSKH, v_BSKH, self.packing[...], valid_BS)
+            return causal_luna_attention(q_BTNH, k_BSKH, v_BSKH, self.packing[...], valid_BS, self.backend(valid_BS is not None))
         return luna_attention(q_BTNH, k_BSKH, v_BSKH, self.packing[...], valid_BS, self.part)
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):

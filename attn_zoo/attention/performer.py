@@ -17,7 +17,8 @@ from flax import nnx
 
 from attn_zoo.attention.base import Bound, Drawn, Paper, Variant
 from attn_zoo.attention.linear import KernelDecoding, kernel_reference, state_flops
-from attn_zoo.ops.linear import linear_attention, linear_attention_by_chunks
+from attn_zoo.ops.linear import divided, linear_attention, linear_attention_by_chunks
+from attn_zoo.ops.native_linear import native_random_feature_sums
 from attn_zoo.ops.rows import dot_rows
 from attn_zoo.spec import check, check_int
 
@@ -61,21 +62,21 @@ class Performer(KernelDecoding):
         self.directions = Features(draw(rngs.params(), options.features, dims.head_dim))
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
+        backend, w_RH = self.backend(valid_BS is not None), self.directions_for(key)
+        if backend == "native":
+            return divided(*native_random_feature_sums(q_BTNH, k_BSKH, v_BSKH, w_RH, valid_BS, causal=self.dims.causal, largest=LARGEST))
         if not self.dims.causal:
-            w_RH = self.directions_for(key)
             return linear_attention_by_chunks(lambda q: query_features(q, w_RH), lambda k: key_features(k, w_RH), q_BTNH, k_BSKH, v_BSKH, valid_BS)
-        backend = self.backend(valid_BS is not None)
-        return linear_attention(*self.features(q_BTNH, k_BSKH, valid_BS, key), v_BSKH, causal=True, backend=backend)
+        return linear_attention(*self.features(q_BTNH, k_BSKH, valid_BS, w_RH), v_BSKH, causal=True, backend=backend)
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
-        return kernel_reference(*self.features(q_BTNH, k_BSKH, valid_BS, key), v_BSKH, causal=self.dims.causal)
+        return kernel_reference(*self.features(q_BTNH, k_BSKH, valid_BS, self.directions_for(key)), v_BSKH, causal=self.dims.causal)
 
     def features_at(self, q_B1NH, k_B1KH, t):
-        return self.features(q_B1NH, k_B1KH, None, None)
+        return self.features(q_B1NH, k_B1KH, None, self.directions_for(None))
 
-    def features(self, q_BTNH, k_BSKH, valid_BS, key):
+    def features(self, q_BTNH, k_BSKH, valid_BS, w_RH):
         """(phi(q), phi(k)), float32, zeros for invalid keys."""
-        w_RH = self.directions_for(key)
         phi_q, phi_k = query_features(q_BTNH, w_RH), key_features(k_BSKH, w_RH)
         return phi_q, phi_k if valid_BS is None else jnp.where(valid_BS[:, :, None, None], phi_k, 0)
 

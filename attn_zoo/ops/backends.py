@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from attn_zoo.ops import mosaic_attention, native_attention, pallas_attention, pallas_linear, splash
+from attn_zoo.ops import mosaic_attention, native, native_attention, pallas_attention, pallas_linear, splash
 from attn_zoo.ops.blocked import ScoreMod, block_sizes, blocked_attention
 from attn_zoo.ops.patterns import Band, Pattern
 from attn_zoo.ops.tuning import tile
@@ -87,9 +87,12 @@ def _splash_serves(dtype, head_dim: int, modified: bool) -> bool | str:
 
 def _native_serves(dtype, head_dim: int, modified: bool) -> bool | str:
     """Whether the C++ kernels compute this on this machine; else the reason why not."""
-    if jax.default_backend() != "cpu":
-        return f"it is for CPUs, and this runs on {jax.default_backend()}"
-    return native_attention.serves(dtype, head_dim, modified)
+    return _cpu_obstacle() or native_attention.serves(dtype, head_dim, modified)
+
+
+def _cpu_obstacle() -> str | None:
+    """Why this machine does not run kernels for CPUs, if it does not."""
+    return None if jax.default_backend() == "cpu" else f"it is for CPUs, and this runs on {jax.default_backend()}"
 
 
 def _cudnn(q_BTNH, k_BSKH, v_BSKH, *, pattern, valid_BS, score_mod, scale):
@@ -147,12 +150,13 @@ def choose(
 
 
 def choose_scan(backend: str, dtype, *, causal: bool = True, corrected: int = 0) -> str:
-    """The backend that runs the causal scan of linearized attention: 'auto' takes the Pallas kernels on a GPU where they serve, else XLA. Errors as `choose`.
+    """The backend that runs the sums of linearized attention: 'auto' takes the native or Pallas kernels where they serve, else XLA. Errors as `choose`.
 
     causal: False where there is nothing to scan, as every query sees all keys; corrected: the features of a delta rule, 0 for the rest. See ops.pallas_linear.
     """
     nothing = None if causal else "there is no scan where every query sees all keys, and XLA's two products are all of it"
-    serve = {name: lambda: "it knows softmax attention only" for name in ("native", "cudnn", "mosaic", "splash")} | {
+    serve = {name: lambda: "it knows softmax attention only" for name in ("cudnn", "mosaic", "splash")} | {
+        "native": lambda: _cpu_obstacle() or native.serves(dtype),
         "pallas": lambda: nothing or _device_obstacle(pallas_linear.INTERPRET) or pallas_linear.serves(dtype, corrected),
     }
     return _choose(backend, serve)

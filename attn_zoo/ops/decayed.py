@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from attn_zoo.ops.linear import with_ones
-from attn_zoo.ops.pallas_linear import causal_sums
+from attn_zoo.ops.linear import SCANS, with_ones
 
 CHUNK = 128  # positions per step of the scan
 
@@ -23,9 +22,9 @@ def decayed_sums(
     *,
     backend: str = "xla",
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """(`decayed_attention`, the same sum with 1 in the place of every value), float32; `backend` is "xla" or "pallas" (see backends.choose_scan)."""
-    if backend == "pallas":
-        return causal_sums(q_BTNR, k_BTKR, v_BTKH, log_decay_BTK)
+    """(`decayed_attention`, the same sum with 1 in the place of every value), float32; `backend` is "xla", "native" or "pallas" (see backends.choose_scan)."""
+    if backend != "xla":
+        return SCANS[backend](q_BTNR, k_BTKR, v_BTKH, log_decay_BTK)
     o_BTNH = decayed_attention(q_BTNR, k_BTKR, with_ones(v_BTKH), log_decay_BTK)
     return o_BTNH[..., :-1], o_BTNH[..., -1]
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from attn_zoo.ops.native_delta import native_delta_rule
 from attn_zoo.ops.pallas_linear import chunk_of, corrected_sums
 
 CHUNK = 64  # positions per step of the scan, a power of two
@@ -25,10 +26,12 @@ def delta_rule(
 ) -> Float[Array, "B T N H"]:
     """o_t above, float32 at least, from S = 0. beta = 0 leaves the memory as it is; it is stable where beta |k|^2 <= 2.
 
-    O(T) memory with gradients: one [R, H] state a chunk is kept, the rest recomputed. `backend` is "xla" or "pallas" (see backends.choose_scan): on the
-    kernels all chunks' systems are solved at once, by products that XLA compiles and differentiates, and the recurrence between chunks runs in the kernels,
-    forwards and backwards.
+    O(T) memory with gradients: one [R, H] state a chunk is kept, the rest recomputed. `backend` is "xla", "native" or "pallas" (see backends.choose_scan): on
+    Pallas kernels all chunks' systems are solved at once, by products that XLA compiles and differentiates, and the recurrence between chunks runs in the
+    kernels, forwards and backwards.
     """
+    if backend == "native":
+        return native_delta_rule(q_BTNR, k_BTKR, v_BTKH, beta_BTK)
     B, T, N, R = q_BTNR.shape
     K, H = v_BTKH.shape[2:]
     wide = jnp.promote_types(v_BTKH.dtype, jnp.float32)

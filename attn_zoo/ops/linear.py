@@ -7,10 +7,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from attn_zoo.ops.native_linear import native_sums
 from attn_zoo.ops.pallas_linear import causal_sums
 from attn_zoo.ops.rows import scale_rows
 
 CHUNK = 128  # positions per step of the causal scan
+SCANS = {"native": native_sums, "pallas": causal_sums}
 FEATURES_CHUNK = 256  # positions whose features are made at once
 
 
@@ -29,13 +31,15 @@ def kernel_sums(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """The two sums above: (phi(q_i)' sum_j phi(k_j) v_j', phi(q_i)' sum_j phi(k_j)).
 
-    Accumulates in float32 at least. Causal memory is O(T) with gradients: the scan keeps one [R, H] state a chunk and recomputes the rest. `backend`, of the
-    causal form, is "xla" or "pallas" (see backends.choose_scan), which of bfloat16 values rounds the features to bfloat16 too.
+    Accumulates in float32 at least. Causal memory is O(T) with gradients: the scan keeps one [R, H] state a chunk and recomputes the rest. `backend` is "xla",
+    "native" or, of the causal form, "pallas", which of bfloat16 values rounds the features to bfloat16 too (see backends.choose_scan).
     """
     B, T, N, R = phi_q_BTNR.shape
     S, K, H = v_BSKH.shape[1:]
-    if causal and backend == "pallas":  # keys beyond the last query are never seen; missing ones are zeros, which add nothing
-        return causal_sums(phi_q_BTNR, *(jnp.pad(x[:, :T], ((0, 0), (0, T - min(T, S)), (0, 0), (0, 0))) for x in (phi_k_BSKR, v_BSKH)))
+    if causal and backend != "xla":  # keys beyond the last query are never seen; missing ones are zeros, which add nothing
+        return SCANS[backend](phi_q_BTNR, *(jnp.pad(x[:, :T], ((0, 0), (0, T - min(T, S)), (0, 0), (0, 0))) for x in (phi_k_BSKR, v_BSKH)))
+    if backend == "native":
+        return native_sums(phi_q_BTNR, phi_k_BSKR, v_BSKH, causal=False)
     wide = jnp.promote_types(v_BSKH.dtype, jnp.float32)
     q_BTKGR = phi_q_BTNR.reshape(B, T, K, N // K, R).astype(wide)
     k_BSKR, v_BSKH = phi_k_BSKR.astype(wide), v_BSKH.astype(wide)

@@ -1,183 +1,9 @@
 // Softmax attention over listed blocks of 64 queries by 64 keys, forward and backward, for CPUs, as calls that XLA makes (its foreign function interface).
-//
-// All tiles are held transposed, [keys or channels, queries], a vector being that many queries: then keys and values are read where they stand, one number
-// at a time for all lanes, a row of scores needs no sum across lanes, and each of the seven products is C[m][:] += A(m, k) B[k][:].
-// See native_attention.py for the shapes. Vector extensions of GCC and Clang, no intrinsics: what the machine has is what -march=native says.
+// See native_attention.py for the shapes.
 
-#include <algorithm>
-#include <atomic>
-#include <condition_variable>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
-#include <memory>
-#include <mutex>
-#include <utility>
-
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
-using Floats = ffi::Buffer<ffi::F32>;
-using Indices = ffi::Buffer<ffi::S32>;
-using Results = ffi::ResultBuffer<ffi::F32>;
+#include "native.h"
 
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int LANES = 16, ROWS = 6, VECTORS = 4;  // ROWS x VECTORS sums are held in registers
-#elif defined(__AVX__)
-constexpr int LANES = 8, ROWS = 6, VECTORS = 2;
-#else
-constexpr int LANES = 4, ROWS = 4, VECTORS = 4;
-#endif
-constexpr int BLOCK = 64;  // queries, and keys, of a tile: as many as a row of mask bits has
-constexpr float HIDDEN = -1e30f;  // a hidden score: finite, so that differences are numbers
-constexpr float LOG2E = 1.4426950408889634f;
-
-typedef float Vector __attribute__((vector_size(4 * LANES)));
-typedef float Loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias));  // in memory, anywhere
-typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
-
-inline Vector load(const float* x) { return *reinterpret_cast<const Loose*>(x); }
-inline void store(float* x, Vector v) { *reinterpret_cast<Loose*>(x) = v; }
-inline Vector all(float x) { return x - Vector{}; }
-inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
-
-// 2^x for x <= 127, to 2e-7; 0 below -126, and what is no number stays so. The polynomial is Cephes' exp2f.
-inline Vector exp2(Vector x) {
-  const Vector magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
-  const Vector rounded = x + magic, f = x - (rounded - magic);
-  Vector p = f * 1.535336188319500e-4f + 1.339887440266574e-3f;
-  p = p * f + 9.618437357674640e-3f;
-  p = p * f + 5.550332471162809e-2f;
-  p = p * f + 2.402264791363012e-1f;
-  p = p * f + 6.931472028550421e-1f;
-  p = p * f + 1.0f;
-  const Integers power = reinterpret_cast<Integers>(p) + ((reinterpret_cast<Integers>(rounded) - reinterpret_cast<Integers>(magic)) << 23);
-  return x < all(-126.0f) ? Vector{} : x == x ? reinterpret_cast<Vector>(power) : x;
-}
-
-// The number A(m, k) stands at a[m * row + k * column].
-struct Left {
-  const float* a;
-  int64_t row, column;
-};
-
-// C[m][:] (+)= sum over k of A(m, k) B[k][:], of M rows and V vectors.
-template <int M, int V>
-inline __attribute__((always_inline)) void tile(int K, Left A, const float* B, int64_t b_row, float* C, int64_t c_row, bool add) {
-  Vector sum[M][V];
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) sum[m][v] = add ? load(C + m * c_row + v * LANES) : Vector{};
-  for (int k = 0; k < K; ++k) {
-    Vector b[V];
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) b[v] = load(B + k * b_row + v * LANES);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      const Vector a = all(A.a[m * A.row + k * A.column]);
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) sum[m][v] += a * b[v];
-    }
-  }
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) store(C + m * c_row + v * LANES, sum[m][v]);
-}
-
-template <int M, int V>
-void some_rows(int rows, int K, Left A, const float* B, int64_t b_row, float* C, int64_t c_row, bool add) {
-  if constexpr (M > 0) {
-    if (rows == M) return tile<M, V>(K, A, B, b_row, C, c_row, add);
-    return some_rows<M - 1, V>(rows, K, A, B, b_row, C, c_row, add);
-  }
-}
-
-template <int V>
-void some_vectors(int vectors, int M, int K, Left A, const float* B, int64_t b_row, float* C, int64_t c_row, bool add) {
-  if constexpr (V > 0) {
-    if (vectors != V) return some_vectors<V - 1>(vectors, M, K, A, B, b_row, C, c_row, add);
-    int m = 0;
-    for (; m + ROWS <= M; m += ROWS) tile<ROWS, V>(K, {A.a + m * A.row, A.row, A.column}, B, b_row, C + m * c_row, c_row, add);
-    some_rows<ROWS - 1, V>(M - m, K, {A.a + m * A.row, A.row, A.column}, B, b_row, C + m * c_row, c_row, add);
-  }
-}
-
-// C[M][N] (+)= A[M][K] B[K][N]; N is a multiple of LANES.
-void product(int M, int N, int K, Left A, const float* B, int64_t b_row, float* C, int64_t c_row, bool add) {
-  for (int n = 0; n < N; n += VECTORS * LANES)
-    some_vectors<VECTORS>(std::min(VECTORS, (N - n) / LANES), M, K, A, B + n, b_row, C + n, c_row, add);
-}
-
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)  // GCC 12, Clang
-#define HAS_SHUFFLE
-#endif
-#endif
-
-// The transpose of LANES vectors: lanes whose index has bit D change places with those of the vector D further on, for every bit.
-template <int D, std::size_t... L>
-inline __attribute__((always_inline)) void transpose(Vector* x, std::index_sequence<L...> lanes) {
-#ifdef HAS_SHUFFLE
-  if constexpr (D < LANES) {
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; ++i)
-      if (!(i & D)) {
-        const Vector a = x[i], b = x[i | D];
-        x[i] = __builtin_shufflevector(a, b, (L & D ? LANES + L - D : L)...);
-        x[i | D] = __builtin_shufflevector(a, b, (L & D ? LANES + L : L + D)...);
-      }
-    transpose<2 * D>(x, lanes);
-  }
-#else
-  if constexpr (D == 1)
-    for (int i = 0; i < LANES; ++i)
-      for (int j = 0; j < i; ++j) std::swap(reinterpret_cast<float*>(x + i)[j], reinterpret_cast<float*>(x + j)[i]);
-#endif
-}
-
-// to[h][i] = factor * from[i][h], zero from `rows` on.
-void turn(const float* from, int64_t row, int rows, int H, float factor, float* to) {
-  for (int h = 0; h < H; h += LANES)
-    for (int i = 0; i < BLOCK; i += LANES) {
-      Vector x[LANES];
-#pragma GCC unroll 16
-      for (int l = 0; l < LANES; ++l) x[l] = i + l < rows ? factor * load(from + (i + l) * row + h) : Vector{};
-      transpose<1>(x, std::make_index_sequence<LANES>());
-#pragma GCC unroll 16
-      for (int l = 0; l < LANES; ++l) store(to + (h + l) * BLOCK + i, x[l]);
-    }
-}
-
-// to[i][h] = factor[i] * from[h][i].
-void turn_back(const float* from, int rows, int H, const float* factor, float* to, int64_t row) {
-  for (int h = 0; h < H; h += LANES)
-    for (int i = 0; i < rows; i += LANES) {
-      Vector x[LANES];
-#pragma GCC unroll 16
-      for (int l = 0; l < LANES; ++l) x[l] = load(factor + i) * load(from + (h + l) * BLOCK + i);
-      transpose<1>(x, std::make_index_sequence<LANES>());
-#pragma GCC unroll 16
-      for (int l = 0; l < LANES; ++l)
-        if (i + l < rows) store(to + (i + l) * row + h, x[l]);
-    }
-}
-
-float dot(const float* a, const float* b, int H) {
-  Vector sum{};
-  for (int h = 0; h < H; h += LANES) sum += load(a + h) * load(b + h);
-  float total = 0;
-  for (int lane = 0; lane < LANES; ++lane) total += sum[lane];
-  return total;
-}
-
-void copy_rows(const float* from, int64_t from_row, float* to, int64_t to_row, int64_t rows, int H) {
-  for (int64_t i = 0; i < rows; ++i) std::memcpy(to + i * to_row, from + i * from_row, sizeof(float) * H);
-}
 
 // Which blocks: those of a BlockMask, and for each partial one the number of its tile of bits, [tile, key, query / 8].
 struct Blocks {
@@ -268,32 +94,6 @@ void finish(const Shape& s, Queries rows, ffi::Buffer<ffi::PRED>& valid, Floats&
   }
   const bool* valid_j = valid.element_count() ? valid.typed_data() + rows.b * s.S + j0 : nullptr;
   if (bits || valid_j) hide(scores, keys, bits, valid_j);
-}
-
-// Runs task(n, worker) for n < tasks on the pool and on the calling thread, which waits for tasks, never for a thread: all of the pool may be
-// busy with callers that wait too.
-template <class Task>
-void parallel(ffi::ThreadPool& pool, int64_t tasks, int64_t workers, Task task) {
-  struct State {
-    std::atomic<int64_t> next{0}, worker{0};
-    std::mutex mutex;
-    std::condition_variable all_done;
-    int64_t done = 0;
-  };
-  auto state = std::make_shared<State>();
-  auto work = [state, tasks, &task] {
-    int64_t worker = -1;
-    for (int64_t n; (n = state->next++) < tasks;) {  // `task` stands while a task is not done
-      if (worker < 0) worker = state->worker++;
-      task(n, worker);
-      std::lock_guard<std::mutex> lock(state->mutex);
-      if (++state->done == tasks) state->all_done.notify_all();
-    }
-  };
-  for (int64_t w = 1; w < std::min(workers, tasks); ++w) pool.Schedule([work] { work(); });
-  work();
-  std::unique_lock<std::mutex> lock(state->mutex);
-  state->all_done.wait(lock, [&] { return state->done == tasks; });
 }
 
 // Runs body(queries, key head) for the query blocks of each task, which is a (sequence, key head, split), after start(task) and before end(task).
@@ -430,12 +230,12 @@ auto bind() {
 
 }  // namespace
 
-extern "C" int64_t attn_zoo_forward_floats(int64_t S, int64_t H) { return forward_floats(S, H); }
-extern "C" int64_t attn_zoo_backward_floats(int64_t S, int64_t H) { return backward_floats(S, H); }
+extern "C" int64_t attn_zoo_attention_forward_floats(int64_t S, int64_t H) { return forward_floats(S, H); }
+extern "C" int64_t attn_zoo_attention_backward_floats(int64_t S, int64_t H) { return backward_floats(S, H); }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(attn_zoo_forward, forward,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(attn_zoo_attention_forward, forward,
                               bind().Ret<Floats>().Ret<Floats>().Ret<Floats>().Attr<float>("scale").Attr<int64_t>("splits"));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(attn_zoo_backward, backward,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(attn_zoo_attention_backward, backward,
                               bind()
                                   .Arg<Floats>()
                                   .Arg<Floats>()

@@ -16,7 +16,7 @@ from test_pallas import CASES, SERVED, layer, loss_of, named
 from tiny import ON_CPU
 
 from attn_zoo import make_attention
-from attn_zoo.ops import backends, native_attention as native
+from attn_zoo.ops import backends, native
 from attn_zoo.ops.backends import choose
 from attn_zoo.ops.blocked import ScoreMod
 from attn_zoo.ops.native_attention import native_attention
@@ -194,7 +194,7 @@ def test_auto_runs_it_on_a_cpu_and_the_plan_says_so():
     attention = make_attention("local(window=100)", num_heads=2, head_dim=16, max_len=256, causal=True)
     assert attention.plan(256, 256) | {"backend": "native", "q_block": 64, "k_block": 64} == attention.plan(256, 256)
     q, k, v = normals(1, 256, 256, 2, 2, 16)
-    assert "attn_zoo_forward" in jax.jit(attention).lower(q, k, v).as_text()
+    assert "attn_zoo_attention_forward" in jax.jit(attention).lower(q, k, v).as_text()
 
 
 @compiled
@@ -207,8 +207,6 @@ def test_refuses_with_the_reason(monkeypatch):
     assert choose("auto", FULL, jnp.float32, 16, modified=slope) == choose("auto", FULL, jnp.float64, 16) == choose("auto", FULL, jnp.float32, 272) == "xla"
     with pytest.raises(UserError, match="attention.backend='native' cannot serve here: it takes float32, bfloat16 or float16, not float64; use auto or xla"):
         choose("native", FULL, jnp.float64, 16)
-    with pytest.raises(UserError, match="attention.backend='native' cannot serve here: it knows softmax attention only"):
-        backends.choose_scan("native", jnp.float32)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with pytest.raises(UserError, match="attention.backend='native' cannot serve here: it is for CPUs, and this runs on gpu"):
         choose("native", FULL, jnp.float32, 16)
@@ -218,17 +216,25 @@ def test_refuses_with_the_reason(monkeypatch):
 SCRIPT = """
 import jax, jax.numpy as jnp, numpy as np
 from attn_zoo.ops.backends import attention_and_logsumexp, choose
-from attn_zoo.ops.native_attention import library
+from attn_zoo.ops.decayed import decayed_sums
+from attn_zoo.ops.delta import delta_rule
+from attn_zoo.ops.native import library
 from attn_zoo.ops.patterns import FULL, Band
 found = library()
 print(choose("auto", FULL, jnp.float32, 16), found if isinstance(found, str) else "")
 if not isinstance(found, str):
     rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.normal(size=(2, T, 2, 48)), jnp.float32) for T in (133, 75, 75))
-    def run(backend):
-        f = lambda q, k, v: attention_and_logsumexp(q, k, v, pattern=Band(90, 40), backend=backend)
-        return jax.jit(lambda *args: (f(*args), jax.grad(lambda *args: (f(*args)[0] ** 2).sum(), (0, 1, 2))(*args)))(q, k, v)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), run("native"), run("xla"))
+    arrays = lambda *lengths: [jnp.asarray(rng.normal(size=(2, T, 2, 48)), jnp.float32) for T in lengths]
+    decay = -0.1 * jnp.asarray(rng.random((2, 133, 2)), jnp.float32)
+    for f, args in (
+        (lambda q, k, v, backend: attention_and_logsumexp(q, k, v, pattern=Band(90, 40), backend=backend), arrays(133, 75, 75)),
+        (decayed_sums, (*arrays(133, 133, 133), decay)),
+        (lambda q, k, v, decay, backend: (delta_rule(q, k / 8, v, jnp.exp(decay), backend=backend),), (*arrays(133, 133, 133), decay)),
+    ):
+        def run(backend):
+            loss = lambda *args: (lambda o, *_: ((o**2).sum(), o))(*f(*args, backend=backend))
+            return jax.jit(jax.value_and_grad(loss, range(len(args)), has_aux=True))(*args)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * max(1, abs(b).max())), run("native"), run("xla"))
 """
 
 
@@ -257,4 +263,5 @@ def test_without_a_compiler_xla_runs(tmp_path):
 
 
 def test_the_source_is_part_of_the_package():
-    assert native.SOURCE.exists() and Path(native.__file__).parent == native.SOURCE.parent
+    folder = Path(native.__file__).parent
+    assert {path.name for path in folder.glob("*.cc")} == set(native.SOURCES) and (folder / native.HEADER).exists()

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny import ON_CPU
 
 from attn_zoo import make_attention
 from attn_zoo.ops import backends, decayed, pallas_linear as kernels
@@ -154,6 +155,7 @@ VARIANTS = {
     "rfa-gate": "rfa(features=12, gate=True)",
     "retention": "retention",
     "delta": "delta",
+    "luna": "luna(memory=20)",
 }
 BOTH_WAYS = ["retention", "delta"]
 DIRECTIONS = [(name, True) for name in VARIANTS] + [(name, False) for name in BOTH_WAYS]
@@ -199,9 +201,9 @@ def test_auto_takes_the_kernels_on_a_gpu_and_the_record_says_so(name, causal, dt
 
 
 @named
-def test_auto_is_xla_elsewhere(name, causal):
+def test_they_are_not_for_a_cpu(name, causal):
     attention = layer(VARIANTS[name], causal, backend="auto")
-    assert attention.plan(90, 90)["backend"] == "xla" and not ran_on_the_kernels(attention, jnp.float32)
+    assert attention.plan(90, 90)["backend"] == ON_CPU and not ran_on_the_kernels(attention, jnp.float32)
     with pytest.raises(UserError, match="attention.backend='pallas' cannot serve here: its kernels are for NVIDIA GPUs, and this runs on cpu; use auto or xla"):
         layer(VARIANTS[name], causal).backend()
 
@@ -231,7 +233,7 @@ def test_cudnn_and_other_dtypes_are_refused(gpu):
         kernel_sums(*[jnp.ones((1, 16, 1, 16), jnp.float64)] * 3, causal=True, backend="pallas")
 
 
-PLATFORMS = [("cpu", 9.0, "xla"), ("tpu", 9.0, "xla"), ("gpu", 7.5, "xla"), ("gpu", 0.0, "xla"), ("gpu", 8.0, "pallas")]
+PLATFORMS = [("cpu", 9.0, ON_CPU), ("tpu", 9.0, "xla"), ("gpu", 7.5, "xla"), ("gpu", 0.0, "xla"), ("gpu", 8.0, "pallas")]
 
 
 @pytest.mark.parametrize("platform, capability, expected", PLATFORMS)
