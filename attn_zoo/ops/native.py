@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -26,7 +27,7 @@ DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)  # of arguments; all is comput
 LANES = 16  # of the widest vectors; channels are padded to whole ones
 FOLDER = Path(__file__).parent
 HEADER, SOURCES = "native.h", ("native_attention.cc", "native_linear.cc", "native_delta.cc")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC")
 
 
 def serves(dtype) -> bool | str:
@@ -93,6 +94,9 @@ def _compiled(compiler: list[str]) -> Path:
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as made:  # renamed when whole: other processes may be at it too
-            run([*compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", "-o", f"{made}/library.so", *(str(FOLDER / source) for source in SOURCES)])
+            compile = lambda name: run([*compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", "-c", "-o", f"{made}/{name}.o", str(FOLDER / name)])
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(compile, SOURCES))
+            run([*compiler, "-shared", "-o", f"{made}/library.so", *(f"{made}/{name}.o" for name in SOURCES)])
             os.replace(f"{made}/library.so", path)
     return path
