@@ -72,7 +72,7 @@ class AdaptiveSpan(SlotDecoding):
         span_N = self.computed_spans()
         self.leave("penalty", self.options.penalty * span_N.mean())
         self.leave("spans", jax.lax.stop_gradient(span_N))
-        mod = ScoreMod(lambda scores, i, j, span: _add_log_mask(scores, abs(i - j), span, self.options.ramp), span_N)
+        mod = ScoreMod(lambda scores, i, j, span: _add_log_mask(scores, abs(i - j), span, self.options.ramp), span_N, by_distance=True)
         return backends.attention(q_BTNH, k_BSKH, v_BSKH, pattern=self.pattern(), valid_BS=valid_BS, score_mod=mod, backend=self.backend(valid_BS is not None))
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
@@ -121,7 +121,7 @@ class AdaptiveSpan(SlotDecoding):
         return sum(flops(dataclasses.replace(self.options, init=z), B, T, S, 1, self.dims.head_dim, self.dims.causal) for z in spans)
 
     def backend(self, masked=False):
-        return backends.choose(self.dims.backend, self.pattern(), self.dims.dtype, self.dims.head_dim, masked=masked, modified=True)
+        return backends.choose(self.dims.backend, self.pattern(), self.dims.dtype, self.dims.head_dim, masked=masked, modified="by distance")
 
     def plan(self, T, S, masked=False):
         return pattern_plan(self.backend(masked), self.pattern(), T, S, self.dims) | {"window": self.window}

@@ -64,7 +64,7 @@ def _device_obstacle(interpret: bool) -> str | None:
     return None if _compute_capability() >= 8 else "its kernels need an NVIDIA GPU of compute capability 8.0 or more"
 
 
-def _pallas_serves(pattern: Pattern, dtype, head_dim: int, modified: ScoreMod | bool) -> bool | str:
+def _pallas_serves(pattern: Pattern, dtype, head_dim: int, modified: ScoreMod | str | bool) -> bool | str:
     """Whether the Pallas kernels compute this on this machine; else the reason why not."""
     obstacle = _device_obstacle(pallas_attention.INTERPRET)
     return obstacle or pallas_attention.serves(pattern, dtype, head_dim, modified if isinstance(modified, ScoreMod) else None)
@@ -85,7 +85,7 @@ def _splash_serves(dtype, head_dim: int, modified: bool) -> bool | str:
     return splash.serves(dtype, head_dim, modified)
 
 
-def _native_serves(dtype, head_dim: int, modified: bool) -> bool | str:
+def _native_serves(dtype, head_dim: int, modified: ScoreMod | str | bool) -> bool | str:
     """Whether the C++ kernels compute this on this machine; else the reason why not."""
     return _cpu_obstacle() or native_attention.serves(dtype, head_dim, modified)
 
@@ -132,15 +132,15 @@ def check_backend(backend: str) -> None:
 
 
 def choose(
-    backend: str, pattern: Pattern, dtype, head_dim: int, *, masked: bool | str = False, modified: ScoreMod | bool = False, logsumexp: bool = False
+    backend: str, pattern: Pattern, dtype, head_dim: int, *, masked: bool | str = False, modified: ScoreMod | str | bool = False, logsumexp: bool = False
 ) -> str:
     """The backend that runs: 'auto' takes the first of this platform's AUTO that serves, else XLA. Raises UserError if a forced one cannot serve.
 
     masked: whether some keys are not valid; 'end' if all of those stand behind the valid ones. modified: the score modification, or True for one whose
-    parameters are one float a head; logsumexp: whether that is needed too.
+    parameters are one float a head, or 'by distance' for one of those that is a ScoreMod.by_distance; logsumexp: whether that is needed too.
     """
     serve = {
-        "native": lambda: _native_serves(dtype, head_dim, bool(modified)),
+        "native": lambda: _native_serves(dtype, head_dim, modified),
         "cudnn": lambda: _cudnn_serves(pattern, dtype, head_dim, masked, bool(modified), logsumexp),
         "pallas": lambda: _pallas_serves(pattern, dtype, head_dim, modified),
         "mosaic": lambda: _mosaic_serves(pattern, dtype, head_dim, masked, bool(modified)),

@@ -28,11 +28,13 @@ class ScoreMod:
 
     fn(scores, i, j, params) -> scores, with scores [..., q, k], i [q, 1], j [1, k] positions, and every leaf of params, given here
     with a leading head axis [N, ...], arriving with axes that broadcast against the scores. Must be elementwise in scores, i and j, since
-    a backend may turn the tile: [k, q], with i [1, q] and j [k, 1].
+    a backend may turn the tile: [k, q], with i [1, q] and j [k, 1]. by_distance promises that it adds to the scores what depends on i - j and on
+    params alone, which are one number a head.
     """
 
     fn: Callable[[Array, Array, Array, Any], Array]
     params: Any
+    by_distance: bool = False
 
 
 def blocked_attention(

@@ -187,7 +187,7 @@ float total(const float* x, int n) {
   return sum_of_lanes(sum);
 }
 
-void scale(float* x, int64_t n, float factor) {
+void multiply(float* x, int64_t n, float factor) {
   for (int64_t i = 0; i < n; i += LANES) store(x + i, factor * load(x + i));
 }
 

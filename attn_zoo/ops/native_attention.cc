@@ -86,8 +86,18 @@ struct Queries {
   int rows;
 };
 
-// Scores of a tile from scaled products: what is added to them, and which are hidden. `valid` and `added` may be empty; rows of `added` are whole vectors.
-void finish(const Shape& s, Queries rows, ffi::Buffer<ffi::PRED>& valid, Floats& added, int64_t j0, int keys, const uint8_t* bits, float* scores) {
+// Where key j0 and the first query stand in tables by distance, [head, 1 - S to T + BLOCK - 2]; further queries follow, further keys go before.
+int64_t place(const Shape& s, Queries rows, int64_t width, int64_t j0) { return rows.head * width + rows.first - j0 + s.S - 1; }
+
+// Scores of a tile from scaled products: what is added to them, by pair or by distance, and which are hidden. `valid`, `added` and `by_distance` may be
+// empty; rows of `added` are whole vectors.
+void finish(const Shape& s, Queries rows, ffi::Buffer<ffi::PRED>& valid, Floats& added, Floats& by_distance, int64_t j0, int keys, const uint8_t* bits,
+            float* scores) {
+  if (by_distance.element_count()) {
+    const float* table = by_distance.typed_data() + place(s, rows, by_distance.dimensions()[1], j0);
+    for (int j = 0; j < keys; ++j)
+      for (int i = 0; i < BLOCK; i += LANES) store(scores + j * BLOCK + i, load(scores + j * BLOCK + i) + LOG2E * load(table - j + i));
+  }
   if (added.element_count()) {
     const int64_t row = added.dimensions()[2];
     add_turned(added.typed_data() + (rows.b * s.T + rows.first) * row + j0, row, rows.rows, keys, scores);
@@ -104,23 +114,23 @@ void over_tasks(ffi::ThreadPool& pool, const Shape& s, Results& memory, Start st
     const int64_t split = task % s.splits, head = task / s.splits % s.K, b = task / s.splits / s.K;
     float* room = memory->typed_data() + worker * size;
     const Scratch scratch{room, room + s.S * s.H, room + 2 * s.S * s.H};
-    start(scratch, b, head);
+    start(scratch, b, head, split);
     for (int64_t g = 0; g < s.N / s.K; ++g)
       for (int64_t c = blocks * split / s.splits; c < blocks * (split + 1) / s.splits; ++c)
-        body(scratch, c, Queries{b, head * (s.N / s.K) + g, c * BLOCK, int(std::min<int64_t>(BLOCK, s.T - c * BLOCK))});
+        body(scratch, c, Queries{b, head * (s.N / s.K) + g, c * BLOCK, int(std::min<int64_t>(BLOCK, s.T - c * BLOCK))}, split);
     end(scratch, b, head, split);
   });
 }
 
-ffi::Error forward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, ffi::Buffer<ffi::PRED> valid, Floats added, Indices full_start, Indices full_block,
-                   Indices part_start, Indices part_block, Indices part_tile, ffi::Buffer<ffi::U8> bits, Results o, Results lse, Results memory,
-                   float scale, int64_t splits) {
+ffi::Error forward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, ffi::Buffer<ffi::PRED> valid, Floats added, Floats by_distance, Indices full_start,
+                   Indices full_block, Indices part_start, Indices part_block, Indices part_tile, ffi::Buffer<ffi::U8> bits, Results o, Results lse,
+                   Results memory, float scale, int64_t splits) {
   const Shape s = shape_of(q, k, scale, splits);
   const Blocks blocks{full_start.typed_data(), full_block.typed_data(), part_start.typed_data(),
                       part_block.typed_data(), part_tile.typed_data(),  bits.typed_data()};
 
-  const auto start = [&](const Scratch& x, int64_t b, int64_t head) { gather(s, k, v, b, head, x); };
-  const auto block = [&](const Scratch& x, int64_t c, Queries rows) {
+  const auto start = [&](const Scratch& x, int64_t b, int64_t head, int64_t split) { gather(s, k, v, b, head, x); };
+  const auto block = [&](const Scratch& x, int64_t c, Queries rows, int64_t split) {
     float *q_t = x.rest, *o_t = q_t + s.H * BLOCK, *p = o_t + s.H * BLOCK, *top = p + BLOCK * BLOCK, *total = top + BLOCK;
     const int64_t row = (rows.b * s.T + rows.first) * s.N + rows.head;
     turn(q.typed_data() + row * s.H, s.query_row(), rows.rows, s.H, s.scale * LOG2E, q_t);
@@ -129,7 +139,7 @@ ffi::Error forward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, ffi::Buff
     std::fill(total, total + BLOCK, 0.0f);
     over_blocks(blocks, c, s.S, [&](int64_t j0, int keys, const uint8_t* bits) {
       product(keys, BLOCK, s.H, {x.k + j0 * s.H, s.H, 1}, q_t, BLOCK, p, BLOCK, false);
-      finish(s, rows, valid, added, j0, keys, bits, p);
+      finish(s, rows, valid, added, by_distance, j0, keys, bits, p);
       for (int i = 0; i < BLOCK; i += LANES) {
         const Vector old = load(top + i);
         Vector now = old, sum{};
@@ -157,18 +167,22 @@ ffi::Error forward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, ffi::Buff
   return ffi::Error::Success();
 }
 
-ffi::Error backward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, ffi::Buffer<ffi::PRED> valid, Floats added, Indices full_start, Indices full_block,
-                    Indices part_start, Indices part_block, Indices part_tile, ffi::Buffer<ffi::U8> bits, Floats o, Floats lse, Floats d_o,
-                    Floats d_lse, Results dq, Results dk, Results dv, Results memory, float scale, int64_t splits) {
+ffi::Error backward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, ffi::Buffer<ffi::PRED> valid, Floats added, Floats by_distance, Indices full_start,
+                    Indices full_block, Indices part_start, Indices part_block, Indices part_tile, ffi::Buffer<ffi::U8> bits, Floats o, Floats lse, Floats d_o,
+                    Floats d_lse, Results dq, Results dk, Results dv, Results d_by_distance, Results memory, float scale, int64_t splits) {
   const Shape s = shape_of(q, k, scale, splits);
   const Blocks blocks{full_start.typed_data(), full_block.typed_data(), part_start.typed_data(),
                       part_block.typed_data(), part_tile.typed_data(),  bits.typed_data()};
 
-  const auto start = [&](const Scratch& x, int64_t b, int64_t head) {
+  const bool modified = by_distance.element_count();
+  const int64_t width = modified ? by_distance.dimensions()[1] : 0, G = s.N / s.K;
+  const auto start = [&](const Scratch& x, int64_t b, int64_t head, int64_t split) {
     gather(s, k, v, b, head, x);
     std::fill(x.rest, x.rest + 2 * s.S * s.H, 0.0f);
+    float* d_tables = d_by_distance->typed_data() + ((split * s.B + b) * s.N + head * G) * width;
+    std::fill(d_tables, d_tables + G * width, 0.0f);
   };
-  const auto block = [&](const Scratch& x, int64_t c, Queries rows) {
+  const auto block = [&](const Scratch& x, int64_t c, Queries rows, int64_t split) {
     const int64_t size = s.H * BLOCK, row = (rows.b * s.T + rows.first) * s.N + rows.head;
     float *dk = x.rest, *dv = dk + s.S * s.H, *q_t = dv + s.S * s.H, *do_t = q_t + size, *dq_t = do_t + size, *q_c = dq_t + size;
     float *do_c = q_c + size, *p = do_c + size, *ds = p + BLOCK * BLOCK, *top = ds + BLOCK * BLOCK, *delta = top + BLOCK, *ones = delta + BLOCK;
@@ -189,7 +203,7 @@ ffi::Error backward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, ffi::Buf
     over_blocks(blocks, c, s.S, [&](int64_t j0, int keys, const uint8_t* bits) {
       const float *k_j = x.k + j0 * s.H, *v_j = x.v + j0 * s.H;
       product(keys, BLOCK, s.H, {k_j, s.H, 1}, q_t, BLOCK, p, BLOCK, false);
-      finish(s, rows, valid, added, j0, keys, bits, p);
+      finish(s, rows, valid, added, by_distance, j0, keys, bits, p);
       product(keys, BLOCK, s.H, {v_j, s.H, 1}, do_t, BLOCK, ds, BLOCK, false);
       for (int j = 0; j < keys; ++j)
         for (int i = 0; i < BLOCK; i += LANES) {
@@ -197,6 +211,11 @@ ffi::Error backward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, ffi::Buf
           store(p + j * BLOCK + i, weight);
           store(ds + j * BLOCK + i, weight * (load(ds + j * BLOCK + i) - load(delta + i)) * s.scale);
         }
+      if (modified) {
+        float* d_table = d_by_distance->typed_data() + (split * s.B + rows.b) * s.N * width + place(s, rows, width, j0);
+        for (int j = 0; j < keys; ++j)
+          for (int i = 0; i < BLOCK; i += LANES) store(d_table - j + i, load(d_table - j + i) + load(ds + j * BLOCK + i) / s.scale);
+      }
       product(keys, s.H, rows.rows, {p, BLOCK, 1}, do_c, s.H, dv + j0 * s.H, s.H, true);
       product(keys, s.H, rows.rows, {ds, BLOCK, 1}, q_c, s.H, dk + j0 * s.H, s.H, true);
       product(s.H, BLOCK, keys, {k_j, 1, s.H}, ds, BLOCK, dq_t, BLOCK, true);
@@ -220,6 +239,7 @@ auto bind() {
       .Arg<Floats>()
       .Arg<ffi::Buffer<ffi::PRED>>()
       .Arg<Floats>()
+      .Arg<Floats>()
       .Arg<Indices>()
       .Arg<Indices>()
       .Arg<Indices>()
@@ -241,6 +261,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(attn_zoo_attention_backward, backward,
                                   .Arg<Floats>()
                                   .Arg<Floats>()
                                   .Arg<Floats>()
+                                  .Ret<Floats>()
                                   .Ret<Floats>()
                                   .Ret<Floats>()
                                   .Ret<Floats>()

@@ -22,12 +22,12 @@ NOTHING = np.zeros((0, 0, 0), np.float32)  # added to scores
 SAVED = "native attention"  # the name of results, for policies of jax.checkpoint: with them the backward pass need not run the forward pass again
 
 
-def serves(dtype, head_dim: int, modified: bool) -> bool | str:
-    """Whether it computes this on a CPU; else the reason why not. Compiles it where only that is left to find out."""
+def serves(dtype, head_dim: int, modified: ScoreMod | str | bool = False) -> bool | str:
+    """Whether it computes this on a CPU; else the reason why not. Compiles it where only that is left to find out. modified: as of backends.choose."""
     if head_dim > MOST_HEAD_DIM:
         return f"the head dim must be at most {MOST_HEAD_DIM}, not {head_dim}"
-    if modified:
-        return "it cannot modify scores"
+    if modified and modified != "by distance" and not getattr(modified, "by_distance", False):
+        return "it cannot modify scores, but by what the distance alone adds"
     return native.serves(dtype)
 
 
@@ -43,14 +43,16 @@ def native_attention(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """As `blocked_attention`: (output in q's dtype, float32 logsumexp), both differentiable. Raises Unsupported, with the reason, for what `serves` refuses.
 
-    Everything is computed in float32. The working memory of a pass is four arrays [S, H] at most for each core that it runs on.
+    Everything is computed in float32. The working memory of a pass is four arrays [S, H] at most for each core that it runs on. What score_mod adds is read
+    from a table of all distances.
     """
     H = q_BTNH.shape[-1]
-    reason = serves(jnp.result_type(q_BTNH, k_BSKH, v_BSKH), H, score_mod is not None)
+    reason = serves(jnp.result_type(q_BTNH, k_BSKH, v_BSKH), H, score_mod or False)
     if reason is not True:
         raise Unsupported(f"the native kernels cannot serve here: {reason}")
     attend = _attend(pattern, H**-0.5 if scale is None else scale, lambda about: NOTHING)
-    o_BTNH, lse_BTN = attend(*(whole(x, 3) for x in (q_BTNH, k_BSKH, v_BSKH)), np.zeros(0, bool) if valid_BS is None else valid_BS, ())
+    table = np.zeros((0, 0), np.float32) if score_mod is None else _table(score_mod, q_BTNH.shape[1], k_BSKH.shape[1])
+    o_BTNH, lse_BTN = attend(*(whole(x, 3) for x in (q_BTNH, k_BSKH, v_BSKH)), np.zeros(0, bool) if valid_BS is None else valid_BS, (), table)
     return o_BTNH[..., :H].astype(q_BTNH.dtype), lse_BTN
 
 
@@ -62,37 +64,48 @@ def native_tiles(
     It is computed again for the backward pass, and neither it nor `about` has a gradient; it must not close over a traced value. Errors as `native_attention`.
     """
     H = q_MTGH.shape[-1]
-    reason = serves(jnp.result_type(q_MTGH, k_MSH, v_MSH), H, False)
+    reason = serves(jnp.result_type(q_MTGH, k_MSH, v_MSH), H)
     if reason is not True:
         raise Unsupported(f"the native kernels cannot serve here: {reason}")
     attend = _attend(FULL, scale, lambda about: whole(added(about), 2))
-    o_MTGH, lse_MTG = attend(*(whole(x, 3) for x in (q_MTGH, k_MSH[:, :, None], v_MSH[:, :, None])), np.zeros(0, bool), about)
+    o_MTGH, lse_MTG = attend(*(whole(x, 3) for x in (q_MTGH, k_MSH[:, :, None], v_MSH[:, :, None])), np.zeros(0, bool), about, np.zeros((0, 0), np.float32))
     return o_MTGH[..., :H].astype(q_MTGH.dtype), lse_MTG
 
 
-def _attend(pattern: Pattern, scale: float, added: Callable[[Any], Array]) -> Callable:
-    """(q, k, v, valid, about) -> (o, lse), with its own backward pass, of float32 arrays with whole vectors of channels; `valid` and added(about) may be empty."""
+def _table(score_mod: ScoreMod, T: int, S: int) -> Array:
+    """What it adds, by head and by distance i - j from 1 - S on, [N, S + T + BLOCK - 2]: up to the end of a block that begins with the last query."""
+    distances = jnp.arange(1 - S, T + BLOCK - 1)
+    params = jax.tree.map(lambda x: x[:, None, None], score_mod.params)
+    return jnp.squeeze(score_mod.fn(jnp.zeros((1, len(distances), 1)), distances[:, None], jnp.zeros((1, 1), int), params), -1)
 
-    def call(name, results, q, k, v, valid, about, *more):
+
+def _attend(pattern: Pattern, scale: float, added: Callable[[Any], Array]) -> Callable:
+    """(q, k, v, valid, about, table) -> (o, lse), with its own backward pass, of float32 arrays with whole vectors of channels.
+
+    `valid`, added(about) and the table by distance may be empty.
+    """
+
+    def call(name, results, q, k, v, valid, about, table, *more):
         (B, T), (S, K, H) = q.shape[:2], k.shape[1:]
         splits = max(1, min(MOST_SPLITS, native.core_count() // (B * K), -(-T // BLOCK)))
         mask = block_mask(pattern, T, S, BLOCK, BLOCK)
         lists = mask.full_start, mask.full_block, mask.part_start, mask.part_block, *pair_bits(pattern, T, S)
-        arguments = q, k, v, valid, added(about), *lists, *more
+        arguments = q, k, v, valid, added(about), table, *lists, *more
         return native.call(f"attention_{name}", results(splits), arguments, tasks=B * K * splits, room=(S, H), scale=np.float32(scale), splits=np.int64(splits))
 
     @jax.custom_vjp
-    def attend(q, k, v, valid, about):
-        return tuple(call("forward", lambda splits: (q.shape, q.shape[:3]), q, k, v, valid, about))
+    def attend(q, k, v, valid, about, table):
+        return tuple(call("forward", lambda splits: (q.shape, q.shape[:3]), q, k, v, valid, about, table))
 
-    def attend_fwd(q, k, v, valid, about):
-        o, lse = (checkpoint_name(x, SAVED) for x in attend(q, k, v, valid, about))
-        return (o, lse), (q, k, v, valid, about, o, lse)
+    def attend_fwd(*inputs):
+        o, lse = (checkpoint_name(x, SAVED) for x in attend(*inputs))
+        return (o, lse), (*inputs, o, lse)
 
     def attend_bwd(residuals, cotangents):
-        q, k = residuals[:2]
-        dq, dk, dv = call("backward", lambda splits: (q.shape, (splits, *k.shape), (splits, *k.shape)), *residuals, *cotangents)
-        return dq, dk.sum(axis=0), dv.sum(axis=0), None, None
+        q, k, *_, table = residuals[:6]
+        shapes = lambda splits: (q.shape, (splits, *k.shape), (splits, *k.shape), (splits, len(q), *(table.shape if table.size else (q.shape[2], 0))))
+        dq, dk, dv, d_table = call("backward", shapes, *residuals, *cotangents)
+        return dq, dk.sum(axis=0), dv.sum(axis=0), None, None, d_table.sum(axis=(0, 1)) if table.size else jnp.zeros_like(table)
 
     attend.defvjp(attend_fwd, attend_bwd)
     return attend

@@ -62,7 +62,7 @@ void overlaps(const Rule& s, Chunk c, int64_t head, const float* k_t, float* ove
   const Rows k_c = s.k_of(c, head);
   product(c.rows, BLOCK, s.R, {k_c.x, k_c.row, 1}, k_t, BLOCK, overlap, BLOCK, false);
   see_the_past(c.rows, 1, overlap);
-  for (int i = 0; i < c.rows; ++i) scale(overlap + i * BLOCK, BLOCK, -s.beta_of(c, head, i));
+  for (int i = 0; i < c.rows; ++i) multiply(overlap + i * BLOCK, BLOCK, -s.beta_of(c, head, i));
 }
 
 ffi::Error forward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Floats beta, Results o, Results u, Results memory) {
@@ -144,7 +144,7 @@ ffi::Error backward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Floats b
       for (int i = 0; i < c.rows; ++i) {
         const float beta_i = s.beta_of(c, head, i);
         *dbeta_of(c, i) = -dot(x.dp + i * BLOCK, x.p + i * BLOCK, BLOCK);
-        scale(x.dp + i * BLOCK, BLOCK, -beta_i);
+        multiply(x.dp + i * BLOCK, BLOCK, -beta_i);
         for (int h = 0; h < s.H; h += LANES) store(x.y + i * s.H + h, -beta_i * load(y_c + i * v_row + h));
       }
       product(c.rows, s.R, c.rows, {x.dp, BLOCK, 1}, k_c.x, k_row, dk_c, k_row, true);
@@ -169,7 +169,7 @@ ffi::Error backward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Floats b
         const float beta_i = s.beta_of(c, head, i);
         *dbeta_of(c, i) += dot(y_c + i * v_row, v_c.x + i * v_row, s.H) - dot(k_c.x + i * k_row, x.yS + i * s.R, s.R);
         for (int r = 0; r < s.R; r += LANES) store(dk_c + i * k_row + r, load(dk_c + i * k_row + r) - beta_i * load(x.yS + i * s.R + r));
-        scale(y_c + i * v_row, s.H, beta_i);
+        multiply(y_c + i * v_row, s.H, beta_i);
       }
       product(s.H, s.R, c.rows, {u_c, 1, v_row}, k_c.x, k_row, x.S_t, s.R, true);
     });

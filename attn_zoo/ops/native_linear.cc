@@ -157,14 +157,14 @@ void over_heads(ffi::ThreadPool& pool, const Sums& s, Results& memory, Body body
 }
 
 ffi::Error forward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Floats log_decay, ffi::Buffer<ffi::PRED> valid, Floats w, Floats w_t, Results o,
-                   Results norm, Results memory, bool causal, int64_t features, float scale_of, float largest) {
-  const Sums s = sums_of(q, k, v, log_decay, valid, w, w_t, causal, features, scale_of, largest);
+                   Results norm, Results memory, bool causal, int64_t features, float scale, float largest) {
+  const Sums s = sums_of(q, k, v, log_decay, valid, w, w_t, causal, features, scale, largest);
   const int64_t G = s.N / s.K, o_row = s.N * s.H;
   over_heads<ForwardPieces>(pool, s, memory, [&](int64_t b, int64_t head, const ForwardPieces& x) {
     std::fill(x.S, x.end_of_state, 0.0f);
     const auto absorb = [&](Chunk c, const Fading& fading, Rows k_c) {
       const Rows k_left = faded(s, k_c, c.rows, s.R, fading.till_end, x.faded), v_c = s.v_of(c, head);
-      if (s.log_decay) scale(x.S, x.end_of_state - x.S, fading.all);
+      if (s.log_decay) multiply(x.S, x.end_of_state - x.S, fading.all);
       product(s.R, s.H, c.rows, {k_left.x, 1, k_left.row}, v_c.x, v_c.row, x.S, s.H, true);
       add_total(c.rows, k_left, s.R, x.z);
     };
@@ -192,8 +192,8 @@ ffi::Error forward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Floats lo
 }
 
 ffi::Error backward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Floats log_decay, ffi::Buffer<ffi::PRED> valid, Floats w, Floats w_t, Floats d_o,
-                    Floats d_norm, Results dq, Results dk, Results dv, Results memory, bool causal, int64_t features, float scale_of, float largest) {
-  const Sums s = sums_of(q, k, v, log_decay, valid, w, w_t, causal, features, scale_of, largest);
+                    Floats d_norm, Results dq, Results dk, Results dv, Results memory, bool causal, int64_t features, float scale, float largest) {
+  const Sums s = sums_of(q, k, v, log_decay, valid, w, w_t, causal, features, scale, largest);
   const int64_t G = s.N / s.K;
   over_heads<BackwardPieces>(pool, s, memory, [&](int64_t b, int64_t head, const BackwardPieces& x) {
     std::fill(x.S_t, x.end_of_future, 0.0f);
@@ -218,7 +218,7 @@ ffi::Error backward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Floats l
     // Gradients of queries, from the keys of their past.
     const auto absorb_keys = [&](Chunk c, const Fading& fading, Rows k_c) {
       const Rows k_left = faded(s, k_c, c.rows, s.R, fading.till_end, x.faded), v_c = s.v_of(c, head);
-      if (s.log_decay) scale(x.S_t, x.end_of_past - x.S_t, fading.all);
+      if (s.log_decay) multiply(x.S_t, x.end_of_past - x.S_t, fading.all);
       product(s.H, s.R, c.rows, {v_c.x, 1, v_c.row}, k_left.x, k_left.row, x.S_t, s.R, true);
       add_total(c.rows, k_left, s.R, x.z);
     };
@@ -270,7 +270,7 @@ ffi::Error backward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Floats l
       if (causal) {
         turn(k_c.x, k_c.row, c.rows, s.R, 1.0f, x.k_t);
         turn(v_c.x, v_c.row, c.rows, s.H, 1.0f, x.v_t);
-        if (s.log_decay) scale(x.U, x.end_of_future - x.U, fading.all);
+        if (s.log_decay) multiply(x.U, x.end_of_future - x.U, fading.all);
         for (int64_t n = head * G; n < (head + 1) * G; ++n) {
           const Rows q_c = s.q_of(c, n, x.q), do_c = do_of(c, n);
           product(c.rows, BLOCK, s.R, {q_c.x, q_c.row, 1}, x.k_t, BLOCK, x.p, BLOCK, false);

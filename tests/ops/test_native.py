@@ -18,7 +18,7 @@ from tiny import ON_CPU
 from attn_zoo import make_attention
 from attn_zoo.ops import backends, native
 from attn_zoo.ops.backends import choose
-from attn_zoo.ops.blocked import ScoreMod
+from attn_zoo.ops.blocked import NEG, ScoreMod, blocked_attention
 from attn_zoo.ops.native_attention import native_attention
 from attn_zoo.ops.patterns import CAUSAL, FULL, Band, BlockTable, Every, Prefix, block_mask, pair_bits
 from attn_zoo.spec import Unsupported, UserError
@@ -177,13 +177,39 @@ def test_equal_tiles_are_kept_once():
     assert len(pair_bits(CAUSAL, 2**16, 2**16)[1]) == 1 and len(pair_bits(Band(256, 256), 2**14, 2**14)[1]) == 2
 
 
+# T, S, pattern
+DISTANCES = {"T1": (1, 1, FULL), "causal": (100, 100, CAUSAL), "fewer-queries": (130, 257, Band(70, 30)), "fewer-keys": (257, 70, FULL)}
+
+
+@compiled
+@pytest.mark.parametrize("name", DISTANCES)
+def test_what_distances_add(name):
+    """A slope and an edge a head, learned, beyond which nothing is seen: as XLA's engine has it, and the gradients by both too."""
+    T, S, pattern = DISTANCES[name]
+    q, k, v = normals(2, T, S, 4, 2, 20)
+    params = {"slope": jnp.asarray([0.0, 0.1, 1.0, -0.2]), "edge": jnp.asarray([3.0, 20.5, 50.5, 1000.0])}
+
+    def change(scores, i, j, params):
+        edge = params["edge"] - abs(i - j)
+        return jnp.where(edge > 0, scores - params["slope"] * (i - j) + jnp.log1p(jnp.maximum(edge, 0)), NEG)
+
+    mod = lambda params: ScoreMod(change, params, by_distance=True)
+    for valid in (None, holes(2, S)):
+        actual, expected = (
+            results(lambda q, k, v, params: run(q, k, v, pattern=pattern, valid_BS=valid, score_mod=mod(params)), q, k, v, params)
+            for run in (native_attention, blocked_attention)
+        )
+        assert_close(actual, expected, 2e-5)  # a slope's gradient is a sum over all pairs, up to 257 apart
+        assert T == 1 or all((x != 0).any() for x in jax.tree.leaves(actual[1][3]))
+
+
 @compiled
 @named
 def test_variants_equal_their_reference(name, causal):
     """Those whose softmax is over patterns, on these kernels and on XLA's engine: outputs, and gradients of inputs and parameters."""
     q, k, v = normals(2, 90, 90, 4, 2, 16)
     valid = jnp.arange(90)[None] < jnp.array([[90], [61]])
-    for backend in ("native", "xla") if name != "adaptive_span" else ("xla",):
+    for backend in ("native", "xla"):
         params, loss = loss_of(layer(SERVED[name], causal, backend=backend))
         run = lambda reference: jax.jit(jax.value_and_grad(lambda *args: loss(*args, reference=reference), (0, 1, 2, 4), has_aux=True))(q, k, v, valid, params)
         assert_close(run(False), run(True), 1e-5)
@@ -191,10 +217,11 @@ def test_variants_equal_their_reference(name, causal):
 
 @compiled
 def test_auto_runs_it_on_a_cpu_and_the_plan_says_so():
-    attention = make_attention("local(window=100)", num_heads=2, head_dim=16, max_len=256, causal=True)
-    assert attention.plan(256, 256) | {"backend": "native", "q_block": 64, "k_block": 64} == attention.plan(256, 256)
     q, k, v = normals(1, 256, 256, 2, 2, 16)
-    assert "attn_zoo_attention_forward" in jax.jit(attention).lower(q, k, v).as_text()
+    for spec in ("local(window=100)", "adaptive_span"):
+        attention = make_attention(spec, num_heads=2, head_dim=16, max_len=256, causal=True)
+        assert attention.plan(256, 256) | {"backend": "native", "q_block": 64, "k_block": 64} == attention.plan(256, 256)
+        assert "attn_zoo_attention_forward" in jax.jit(attention).lower(q, k, v).as_text()
 
 
 @compiled
