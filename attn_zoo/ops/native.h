@@ -1,7 +1,4 @@
 // What the native kernels share: vectors, the one product they are all made of, transposes, and how tasks are spread over XLA's threads.
-//
-// All tiles are held transposed, [keys or channels, queries], a vector being that many queries: then keys and values are read where they stand, one number
-// at a time for all lanes, a row of scores needs no sum across lanes, and each product is C[m][:] += A(m, k) B[k][:].
 // Vector extensions of GCC and Clang, no intrinsics: what the machine has is what -march=native says.
 #pragma once
 
@@ -32,7 +29,7 @@ constexpr int LANES = 8, ROWS = 6, VECTORS = 2;
 #else
 constexpr int LANES = 4, ROWS = 4, VECTORS = 4;
 #endif
-constexpr int BLOCK = 64;  // queries, and keys, of a tile: as many as a row of mask bits has
+constexpr int BLOCK = 64;  // positions of a tile, or of a chunk: as many as a row of mask bits has
 constexpr float HIDDEN = -1e30f;  // a hidden score: finite, so that differences are numbers
 constexpr float LOG2E = 1.4426950408889634f;
 

@@ -1,5 +1,8 @@
 // Softmax attention over listed blocks of 64 queries by 64 keys, forward and backward, for CPUs, as calls that XLA makes (its foreign function interface).
 // See native_attention.py for the shapes.
+//
+// Tiles are held transposed, [keys or channels, queries], a vector being that many queries: then keys and values are read where they stand, one number at a
+// time for all lanes, and the softmax of a query needs no sum across lanes.
 
 #include "native.h"
 
