@@ -161,7 +161,7 @@ def lengths_of(records: list[Record]) -> list[int]:
 
 
 def faster_from(at: dict[int, Record], full: dict[int, Record]) -> str:
-    """From which T on a variant is faster than `full`: measured, interpolated, or where the two fits meet beyond the last length."""
+    """From which T on a variant is faster than `full`: measured, interpolated, or where the two fits of three lengths or more meet beyond the last one."""
     lengths = [T for T in sorted(at) if at[T]["status"] == "ok" and T in full and full[T]["status"] == "ok"]
     own, reference = ([curve[T]["speed"]["median_s"] for T in lengths] for curve in (at, full))
     if not lengths:
@@ -169,6 +169,8 @@ def faster_from(at: dict[int, Record], full: dict[int, Record]) -> str:
     T = summary.crossover(lengths, reference, own)
     if T < math.inf:
         return f"{T:.0f}" if T else f"≤ {lengths[0]}"
+    if len(lengths) < 3:
+        return f"> {lengths[-1]}"
     T = summary.predicted_crossover(lengths, reference, own)
     return f"{T:.2g}, by the fit" if T < math.inf else "never, by the fit"
 
