@@ -23,6 +23,7 @@ RESULTS = ROOT / "experiments" / "results" / "core_bench"
 LENGTHS = (32, 64, 128)
 sys.path.insert(0, str(ROOT / "experiments"))
 from bench.candidates import CannotRun, Problem, counterparts, heads
+from bench.report import faster_from
 from bench.rounds import measure
 from bench.single_pattern import single_pattern
 
@@ -33,6 +34,18 @@ def run(out, *options):
     """In a process of its own: absl's flags are global, and launch.py has some of the same names."""
     command = [sys.executable, str(ROOT / "experiments" / "core_bench.py"), f"--out={out}", *options]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENV)
+
+
+def test_where_a_variant_becomes_faster_is_predicted_from_three_lengths_on():
+    """Measured at the first, between two, by two fits beyond the last; and of two lengths no more than that it was not measured."""
+    curve = lambda seconds, *lengths: {T: {"status": "ok", "speed": {"median_s": seconds(T)}} for T in lengths}
+    linear, square = lambda T: 3.0 * T, lambda T: 0.01 * T**2
+    said = lambda own, full, *lengths: faster_from(curve(own, *lengths), curve(full, *lengths))
+    assert said(linear, square, 512, 1024) == "≤ 512"
+    assert said(linear, square, 256, 512, 1024) == "300"
+    assert said(linear, square, 64, 128) == "> 128"
+    assert said(linear, square, 32, 64, 128) == "3e+02, by the fit"
+    assert said(square, linear, 1024, 2048, 4096) == "never, by the fit"
 
 
 @pytest.fixture(scope="module")
