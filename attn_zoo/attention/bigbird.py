@@ -69,7 +69,8 @@ class BigBird(SlotDecoding):
         index, seen = draw(self.options, q_BTNH.shape[1], k_BSKH.shape[1], self.dims.causal)
         if not seen.any():
             return blocks[0]
-        return merge(blocks, gathered_attention(q_BTNH, k_BSKH, v_BSKH, jnp.asarray(index), jnp.asarray(seen), valid_BS=valid_BS))[0]
+        backend = "native" if self.backend(valid_BS is not None) == "native" else "xla"  # others know no lists
+        return merge(blocks, gathered_attention(q_BTNH, k_BSKH, v_BSKH, jnp.asarray(index), jnp.asarray(seen), valid_BS=valid_BS, backend=backend))[0]
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         T, S = q_BTNH.shape[1], k_BSKH.shape[1]

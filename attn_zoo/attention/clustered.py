@@ -18,6 +18,7 @@ from jax import lax
 
 from attn_zoo.attention.base import Attention, Paper, Variant, repeat_kv
 from attn_zoo.attention.pattern import pair_flops
+from attn_zoo.ops import backends
 from attn_zoo.ops.gathered import gathered_attention
 from attn_zoo.spec import check_int
 
@@ -61,7 +62,7 @@ class Clustered(Attention):
         mass_BTN = share_out(jnp.where(top_BNCS, weights_BNCS, 0.0).sum(axis=-1))
         others_BTNH = share_out(jnp.einsum("BNCS,BSNH->BNCH", jnp.where(top_BNCS, 0.0, weights_BNCS), v_BSNH))
         of_cluster = lambda x: jnp.take_along_axis(x, label_BNT[..., None], axis=2)
-        best_BTNH, _ = gathered_attention(q_BTNH, k_BSNH, v_BSNH, of_cluster(index_BNCR), of_cluster(seen_BNCR))
+        best_BTNH, _ = gathered_attention(q_BTNH, k_BSNH, v_BSNH, of_cluster(index_BNCR), of_cluster(seen_BNCR), backend=self.backend())
         return mass_BTN[..., None] * best_BTNH + others_BTNH
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key, *, valid_BT):
@@ -80,6 +81,9 @@ class Clustered(Attention):
             mass_BNT1 = (weights_BNTS * top_BNTS).sum(axis=-1, keepdims=True)
             weights_BNTS = jnp.where(top_BNTS, mass_BNT1 * weights(q_BTNH, top_BNTS), weights_BNTS)
         return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS * in_cluster_BNT[..., None], v_BSNH, precision="highest")
+
+    def backend(self, masked=False):
+        return backends.choose_lists(self.dims.backend, self.dims.dtype)
 
     def cluster(self, q_BTNH, valid_BT):
         """(the cluster of each query, [B, N, T]; the valid members of each, one-hot float32, [B, N, T, C])."""

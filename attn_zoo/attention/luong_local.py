@@ -69,7 +69,7 @@ class LuongLocal(SlotDecoding):
         # Heads that share keys look at different places, so each has its own list of them.
         k_BSNH, v_BSNH = repeat_kv(k_BSKH, N), repeat_kv(v_BSKH, N)
         factor_BNTR = self.gaussian(index_BNTR, place_BNT1)
-        return gathered_attention(q_BTNH, k_BSNH, v_BSNH, index_BNTR, seen_BNTR, valid_BS=valid_BS, scale=self.scale(), factor_TR=factor_BNTR)[0]
+        return gathered_attention(q_BTNH, k_BSNH, v_BSNH, index_BNTR, seen_BNTR, valid_BS=valid_BS, scale=self.scale(), factor_TR=factor_BNTR, backend=self.backend())[0]
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         N, T, S = self.dims.num_heads, q_BTNH.shape[1], k_BSKH.shape[1]
@@ -137,7 +137,7 @@ class LuongLocal(SlotDecoding):
 
     def backend(self, masked=False):
         if self.options.align == "predictive":
-            return super().backend(masked)
+            return backends.choose_lists(self.dims.backend, self.dims.dtype)
         return backends.choose(self.dims.backend, self.pattern(), self.dims.dtype, self.dims.head_dim, masked=masked)
 
     def plan(self, T, S, masked=False):

@@ -13,6 +13,7 @@ import numpy as np
 from attn_zoo.attention.base import Variant, softmax_reference
 from attn_zoo.attention.block import BLOCK
 from attn_zoo.attention.pattern import SlotDecoding, pair_flops
+from attn_zoo.ops import backends
 from attn_zoo.ops.draws import draw_distinct
 from attn_zoo.ops.gathered import gathered_attention, listed_mask
 from attn_zoo.ops.patterns import CAUSAL
@@ -48,13 +49,15 @@ class Random(SlotDecoding):
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         index, seen = draw(self.options, q_BTNH.shape[1], k_BSKH.shape[1], self.dims.causal)
-        return gathered_attention(q_BTNH, k_BSKH, v_BSKH, jnp.asarray(index), jnp.asarray(seen), valid_BS=valid_BS)[0]
+        return gathered_attention(q_BTNH, k_BSKH, v_BSKH, jnp.asarray(index), jnp.asarray(seen), valid_BS=valid_BS, backend=self.backend())[0]
+
+    def backend(self, masked=False):
+        return backends.choose_lists(self.dims.backend, self.dims.dtype)
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         T, S = q_BTNH.shape[1], k_BSKH.shape[1]
         mask = listed_mask(*draw(self.options, T, S, self.dims.causal), S)
         return softmax_reference(q_BTNH, k_BSKH, v_BSKH, mask if valid_BS is None else mask & valid_BS[:, None, None, :])
-
 
     def seen(self):
         """Which any key may be, by a later query."""

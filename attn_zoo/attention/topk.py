@@ -12,7 +12,9 @@ from jax import lax
 
 from attn_zoo.attention.base import Paper, Variant, repeat_kv, softmax_reference
 from attn_zoo.attention.pattern import SlotDecoding, pair_flops
+from attn_zoo.ops import backends
 from attn_zoo.ops.gathered import gathered_attention
+from attn_zoo.ops.native_gathered import native_best_keys
 from attn_zoo.ops.patterns import CAUSAL, FULL, count_pairs
 from attn_zoo.ops.slots import put, score_row, softmax_row
 from attn_zoo.spec import check_int
@@ -37,16 +39,23 @@ class TopK(SlotDecoding):
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         k_BSNH, v_BSNH = (repeat_kv(x, self.dims.num_heads) for x in (k_BSKH, v_BSKH))  # heads that share keys choose apart
-        index, seen = select(q_BTNH, k_BSNH, valid_BS, self.options.k, self.dims.causal)
-        return gathered_attention(q_BTNH, k_BSNH, v_BSNH, index, seen)[0]
+        index, seen = self.select(q_BTNH, k_BSNH, valid_BS)
+        return gathered_attention(q_BTNH, k_BSNH, v_BSNH, index, seen, backend=self.backend())[0]
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         """Dense softmax over the same choice: between scores that differ by rounding alone, either would be right."""
         N, S = self.dims.num_heads, k_BSKH.shape[1]
-        index, seen = select(q_BTNH, repeat_kv(k_BSKH, N), valid_BS, self.options.k, self.dims.causal)
-        chosen_BNTS = jnp.put_along_axis(jnp.zeros((*index.shape[:3], S), bool), index, seen, axis=-1, inplace=False)
+        index, seen = self.select(q_BTNH, repeat_kv(k_BSKH, N), valid_BS)
+        chosen_BNTS = jnp.put_along_axis(jnp.zeros((*index.shape[:3], S + 1), bool), jnp.where(seen, index, S), True, axis=-1, inplace=False)[..., :S]
         return softmax_reference(q_BTNH, k_BSKH, v_BSKH, chosen_BNTS)
 
+    def select(self, q_BTNH, k_BSNH, valid_BS):
+        """(index, seen), each [B, N, T, min(k, S)]: the best keys of each query, best first; seen is False where it may see fewer."""
+        choose = native_best_keys if self.backend() == "native" else best_keys
+        return choose(q_BTNH, k_BSNH, valid_BS, self.options.k, self.dims.causal)
+
+    def backend(self, masked=False):
+        return backends.choose_lists(self.dims.backend, self.dims.dtype)
 
     def seen(self):
         return CAUSAL
@@ -62,11 +71,8 @@ class TopK(SlotDecoding):
         return o_B1NH, cache | {"t": t + 1}
 
 
-def select(q_BTNH, k_BSNH, valid_BS, k: int, causal: bool):
-    """(index, seen), each [B, N, T, min(k, S)]: the best keys of each query, best first; seen is False where it may see fewer.
-
-    Scores are float32 whatever the inputs. Equal ones are ranked by position.
-    """
+def best_keys(q_BTNH, k_BSNH, valid_BS, k: int, causal: bool):
+    """What TopK.select says, in XLA. Scores are float32 whatever the inputs. Equal ones are ranked by position."""
     (B, T, N, H), S = q_BTNH.shape, k_BSNH.shape[1]
     step = max(1, min(T, SCORE_BYTES // (4 * B * N * S)))
     steps = -(-T // step)

@@ -18,6 +18,7 @@ import numpy as np
 
 from attn_zoo.attention.base import Attention, Paper, Variant, softmax_reference
 from attn_zoo.attention.pattern import pair_flops
+from attn_zoo.ops import backends
 from attn_zoo.ops.gathered import gathered_attention
 from attn_zoo.ops.slots import attend_listed
 from attn_zoo.spec import check_int
@@ -104,7 +105,10 @@ class Tree(Attention):
         index, seen = nodes_seen(self.options.neighbours, q_BTNH.shape[1], self.dims.causal)
         (k, valid), (v, _) = span_means(k_BSKH, valid_BS), span_means(v_BSKH, valid_BS)
         valid = None if valid_BS is None else valid
-        return gathered_attention(q_BTNH, k, v, jnp.asarray(index), jnp.asarray(seen), valid_BS=valid)[0]
+        return gathered_attention(q_BTNH, k, v, jnp.asarray(index), jnp.asarray(seen), valid_BS=valid, backend=self.backend())[0]
+
+    def backend(self, masked=False):
+        return backends.choose_lists(self.dims.backend, self.dims.dtype)
 
     def init_cache(self, B, max_len):
         """The means of the last few spans of every level: a query sees no others, and of the past alone, where spans are whole."""

@@ -168,6 +168,12 @@ def choose_tiles(backend: str, dtype, head_dim: int) -> str:
     return _choose(backend, serve | {"native": lambda: _native_serves(dtype, head_dim, False)})
 
 
+def choose_lists(backend: str, dtype) -> str:
+    """The backend that runs attention of queries over their own lists of keys (ops.gathered): the native kernels on a CPU, else XLA. Errors as `choose`."""
+    serve = {name: lambda: "it knows blocks of pairs, not lists of keys" for name in ("cudnn", "pallas", "mosaic", "splash")}
+    return _choose(backend, serve | {"native": lambda: _cpu_obstacle() or native.serves(dtype)})
+
+
 def _choose(backend: str, serve: dict[str, Callable[[], bool | str]]) -> str:
     """`backend`, or for 'auto' the first of this platform's that serves: each says True, or the reason why not."""
     check_backend(backend)

@@ -1,6 +1,7 @@
 """Attention of each query over its own short list of keys, for variants whose pairs fill no blocks (random keys, trees, largest scores).
 
-Keys and values are gathered some queries at a time and gathered again in the backward pass, so memory is O(T H), not O(T R H).
+Keys and values are gathered some queries at a time and gathered again in the backward pass, so memory is O(T H), not O(T R H). On a CPU the native kernels
+read them where they are (ops.native_gathered).
 """
 
 import jax
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
+
+from attn_zoo.ops.native_gathered import native_gathered
 
 GATHER_BYTES = 4 * 2**20  # of the keys that one step holds
 
@@ -22,12 +25,16 @@ def gathered_attention(
     valid_BS: Bool[Array, "B S"] | None = None,
     scale: float | None = None,
     factor_TR: Float[Array, "*batch T R"] | None = None,
+    backend: str = "xla",
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """Softmax attention of query t over keys index[t, r] where seen[t, r]: (output, float32 logsumexp).
 
     `index` and `seen` are [T, R], the same for all heads, or [B, K, T, R]. No key may be listed twice in a row. Rows that see nothing give zeros, -inf.
     `factor`, like them and differentiable, multiplies the weights after the softmax: they no longer sum to one, and the logsumexp does not know of it.
+    `backend` is "xla" or "native" (see backends.choose_lists).
     """
+    if backend == "native":
+        return native_gathered(q_BTNH, k_BSKH, v_BSKH, index_TR, seen_TR, valid_BS=valid_BS, scale=scale, factor_TR=factor_TR)
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     R, G = index_TR.shape[-1], N // K

@@ -22,11 +22,11 @@ import jax.numpy as jnp
 import jaxlib
 from jaxtyping import Array
 
-KERNELS = tuple(f"{name}_{way}" for name in ("attention", "linear", "delta") for way in ("forward", "backward"))
+KERNELS = (*(f"{name}_{way}" for name in ("attention", "linear", "delta", "gathered") for way in ("forward", "backward")), "best_keys")
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)  # of arguments; all is computed in float32
 LANES = 16  # of the widest vectors; channels are padded to whole ones
 FOLDER = Path(__file__).parent
-HEADER, SOURCES = "native.h", ("native_attention.cc", "native_linear.cc", "native_delta.cc")
+HEADER, SOURCES = "native.h", ("native_attention.cc", "native_linear.cc", "native_delta.cc", "native_gathered.cc")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC")
 
 
@@ -38,10 +38,10 @@ def serves(dtype) -> bool | str:
     return found if isinstance(found, str) else True
 
 
-def call(kernel: str, shapes, arguments, *, tasks: int, room: tuple[int, int], **attributes) -> list[Array]:
-    """Runs one of KERNELS: its float32 results of these shapes. It has so many tasks, and what `room` tells it to need of memory for each core."""
+def call(kernel: str, shapes, arguments, *, tasks: int, room: tuple[int, int], dtype=jnp.float32, **attributes) -> list[Array]:
+    """Runs one of KERNELS: its results of these shapes, of `dtype`. It has so many tasks, and what `room` tells it to need of memory for each core."""
     floats = getattr(library(), f"attn_zoo_{kernel}_floats")(*room)
-    results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (*shapes, (min(core_count(), tasks), floats))]
+    results = [*(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes), jax.ShapeDtypeStruct((min(core_count(), tasks), floats), jnp.float32)]
     return jax.ffi.ffi_call(f"attn_zoo_{kernel}", results, vmap_method="sequential")(*arguments, **attributes)[:-1]
 
 

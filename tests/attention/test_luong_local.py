@@ -69,7 +69,7 @@ def test_monotonic_is_the_local_window():
 def test_the_place_learns(causal):
     """Gradients of W_p, v_p and queries against central differences in float64, at places no window's edge is near to."""
     with jax.enable_x64(True):
-        attention = make("luong_local(window=4)", causal)
+        attention = make("luong_local(window=4)", causal, dtype=jnp.float64)
         graph, params, rest = nnx.split(attention, nnx.Param, ...)
         params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
         q, k, v = (jnp.asarray(x, jnp.float64) for x in inputs(12, 20))
@@ -110,7 +110,7 @@ def test_the_cost_is_that_of_the_window(spec):
     """Doubling the keys adds no work: with as many queries, useful FLOPs and computed arrays stay; doubling the window doubles the gathered keys."""
     attention = make(spec, max_len=4096)
     assert attention.flops(1, 64, 2048) == attention.flops(1, 64, 4096)
-    assert attention.plan(64, 4096)["backend"] == (ON_CPU if attention.options.align == "monotonic" else "xla")
+    assert attention.plan(64, 4096)["backend"] == ON_CPU
     if attention.options.align == "predictive":
         shapes = lambda S: [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 64, N, H), (1, S, K, H), (1, S, K, H))]
         flops = [jax.jit(attention).lower(*shapes(S)).compile().cost_analysis()["flops"] for S in (256, 4096)]

@@ -4,9 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import ON_CPU
 
 from attn_zoo import make_attention
 from attn_zoo.attention import topk
+from attn_zoo.ops import native
+from attn_zoo.ops.native_gathered import native_best_keys
 
 T, S, N, H = 11, 13, 2, 4
 
@@ -25,13 +28,18 @@ def by_sorting(q, k, valid, size, causal):
     return chosen
 
 
+CHOICES = [topk.best_keys, pytest.param(native_best_keys, marks=pytest.mark.skipif(ON_CPU != "native", reason=f"{native.library()}"))]
+each_choice = pytest.mark.parametrize("choose", CHOICES)
+
+
+@each_choice
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("size", [1, 4, 50])
-def test_the_choice_is_that_of_a_stable_sort(size, causal, monkeypatch):
+def test_the_choice_is_that_of_a_stable_sort(size, causal, choose, monkeypatch):
     monkeypatch.setattr(topk, "SCORE_BYTES", 4 * 2 * N * S * 3)  # three queries at a time, so that the last step is not full
     q, k = whole_numbers(2, T, N, H), whole_numbers(2, S, N, H, seed=1)
     valid = np.random.default_rng(2).random((2, S)) > 0.3
-    index, seen = map(np.asarray, topk.select(jnp.asarray(q), jnp.asarray(k), jnp.asarray(valid), size, causal))
+    index, seen = map(np.asarray, choose(jnp.asarray(q), jnp.asarray(k), jnp.asarray(valid), size, causal))
     assert index.shape == seen.shape == (2, N, T, min(size, S))
     expected = by_sorting(q, k, valid, size, causal)
     ties = 0
@@ -42,11 +50,12 @@ def test_the_choice_is_that_of_a_stable_sort(size, causal, monkeypatch):
     assert ties > 10, "the order of equal scores was put to the test"
 
 
-def test_bf16_scores_are_compared_in_float32():
+@each_choice
+def test_bf16_scores_are_compared_in_float32(choose):
     """Two keys whose scores differ by less than bf16 resolves: 256 and 257."""
     q = jnp.full((1, 1, 1, 257), 1, jnp.bfloat16)
     k = jnp.stack([q[:, 0].at[..., 0].set(0), q[:, 0]], axis=1)
-    assert topk.select(q, k, None, 1, False)[0].tolist() == [[[[1]]]]
+    assert choose(q, k, None, 1, False)[0].tolist() == [[[[1]]]]
 
 
 def test_one_key_is_a_hard_choice():

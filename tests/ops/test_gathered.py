@@ -1,12 +1,13 @@
-"""The gather engine against dense attention over the same pairs."""
+"""The gather engine, and the native kernels that stand for it on a CPU, against dense attention over the same pairs."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import ON_CPU
 
 from attn_zoo.attention.base import softmax_reference
-from attn_zoo.ops import gathered
+from attn_zoo.ops import gathered, native
 from attn_zoo.ops.gathered import gathered_attention
 
 B, T, S, N, H, R = 2, 37, 53, 4, 8, 6
@@ -28,10 +29,11 @@ def arrays(K, dtype):
     return [jax.random.normal(key, (B, n, heads, H)).astype(dtype) for key, n, heads in zip(keys, (T, S, S), (N, K, K))]
 
 
+@pytest.mark.parametrize("backend", ["xla", pytest.param("native", marks=pytest.mark.skipif(ON_CPU != "native", reason=f"{native.library()}"))])
 @pytest.mark.parametrize("per_head", [False, True], ids=["one list", "a list a key head"])
 @pytest.mark.parametrize("K", [4, 2])
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 2e-6), (jnp.bfloat16, 2e-2)], ids=["f32", "bf16"])
-def test_equals_dense_attention_over_the_listed_pairs(per_head, K, dtype, tolerance, monkeypatch):
+def test_equals_dense_attention_over_the_listed_pairs(per_head, K, dtype, tolerance, backend, monkeypatch):
     monkeypatch.setattr(gathered, "GATHER_BYTES", 4 * B * K * R * H * 5)  # five queries a step, which does not divide T
     index, seen, mask = lists((B, K, T) if per_head else (T,))
     mask = np.repeat(mask, N // K, axis=1) if per_head else mask[None, None]
@@ -39,7 +41,7 @@ def test_equals_dense_attention_over_the_listed_pairs(per_head, K, dtype, tolera
     weights = jax.random.normal(jax.random.key(1), (B, T, N, H))
 
     def fast(q, k, v):
-        o, lse = gathered_attention(q, k, v, index, seen, valid_BS=valid)
+        o, lse = gathered_attention(q, k, v, index, seen, valid_BS=valid, backend=backend)
         return (o * weights).sum() + jnp.where(jnp.isfinite(lse), lse, 0).sum(), (o, lse)
 
     def slow(q, k, v):
