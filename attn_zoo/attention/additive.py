@@ -15,6 +15,7 @@ from flax import nnx
 from attn_zoo.attention.base import Attention, Bound, Paper, Variant, repeat_kv
 from attn_zoo.attention.full import pattern
 from attn_zoo.attention.pattern import dense_mask
+from attn_zoo.ops import backends
 from attn_zoo.ops.additive import additive_attention
 from attn_zoo.ops.patterns import count_pairs
 from attn_zoo.ops.slots import softmax_row
@@ -47,7 +48,11 @@ class Additive(Attention):
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
         q_BTNR, k_BSKR = self.project(q_BTNH.astype(wide), k_BSKH.astype(wide))
-        return additive_attention(q_BTNR, k_BSKR, self.weight[...].astype(wide), v_BSKH.astype(wide), causal=self.dims.causal, valid_BS=valid_BS)
+        options = {"causal": self.dims.causal, "valid_BS": valid_BS, "backend": self.backend()}
+        return additive_attention(q_BTNR, k_BSKR, self.weight[...].astype(wide), v_BSKH.astype(wide), **options)
+
+    def backend(self, masked=False):
+        return backends.choose_additive(self.dims.backend, self.dims.dtype)
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         N, T, S = self.dims.num_heads, q_BTNH.shape[1], k_BSKH.shape[1]

@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from attn_zoo.ops.blocked import NEG, rows_per_step
+from attn_zoo.ops.native_additive import native_additive
 from attn_zoo.ops.rows import dot_rows
 
 BLOCK = 64  # queries, and keys, of a tile: with 64 hidden units its tanh is 1 MiB
@@ -25,11 +26,15 @@ def additive_attention(
     causal: bool,
     valid_BS: Bool[Array, "B S"] | None = None,
     block: int = BLOCK,
+    backend: str = "xla",
 ) -> Float[Array, "B T N H"]:
     """softmax_s(weight . tanh(q_t + k_s)) v over all valid keys, or those with s <= t; a row that sees no key gives zeros.
 
     Queries and keys arrive projected to R hidden units (Bahdanau et al. 2015, appendix A.1.2). Computes in the dtype it is given.
+    `backend` is "xla" or "native" (see backends.choose_additive).
     """
+    if backend == "native":
+        return native_additive(q_BTNR, k_BSKR, weight_NR, v_BSKH, causal=causal, valid_BS=valid_BS)
     B, T, N, R = q_BTNR.shape
     S, K, H = v_BSKH.shape[1:]
     G = N // K

@@ -170,7 +170,17 @@ def choose_tiles(backend: str, dtype, head_dim: int) -> str:
 
 def choose_lists(backend: str, dtype) -> str:
     """The backend that runs attention of queries over their own lists of keys (ops.gathered): the native kernels on a CPU, else XLA. Errors as `choose`."""
-    serve = {name: lambda: "it knows blocks of pairs, not lists of keys" for name in ("cudnn", "pallas", "mosaic", "splash")}
+    return _native_or_xla(backend, dtype, "it knows blocks of pairs, not lists of keys")
+
+
+def choose_additive(backend: str, dtype) -> str:
+    """The backend that runs attention whose scores are those of a network (ops.additive): the native kernels on a CPU, else XLA. Errors as `choose`."""
+    return _native_or_xla(backend, dtype, "its scores are products of queries and keys")
+
+
+def _native_or_xla(backend: str, dtype, others: str) -> str:
+    """`others`: why no other backend serves."""
+    serve = {name: lambda: others for name in ("cudnn", "pallas", "mosaic", "splash")}
     return _choose(backend, serve | {"native": lambda: _cpu_obstacle() or native.serves(dtype)})
 
 

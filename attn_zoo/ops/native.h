@@ -139,6 +139,32 @@ inline __attribute__((always_inline)) void transpose(Vector* x, std::index_seque
 #endif
 }
 
+float sum_of_lanes(Vector x) {
+  float sum = 0;
+  for (int lane = 0; lane < LANES; ++lane) sum += x[lane];
+  return sum;
+}
+
+// Lane l of the result is the sum of all lanes of x[l], which are spoiled: of two vectors at a time, half of either's lanes.
+template <int D, std::size_t... L>
+inline __attribute__((always_inline)) Vector sums_of_lanes(Vector* x, std::index_sequence<L...> lanes) {
+#ifdef HAS_SHUFFLE
+  if constexpr (D < LANES) {
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i += 2 * D) {
+      const Vector a = x[i], b = x[i + D];
+      x[i] = __builtin_shufflevector(a, b, (L & D ? LANES + L - D : L)...) + __builtin_shufflevector(a, b, (L & D ? LANES + L : L + D)...);
+    }
+    return sums_of_lanes<2 * D>(x, lanes);
+  }
+  return x[0];
+#else
+  Vector sums;
+  for (int l = 0; l < LANES; ++l) sums[l] = sum_of_lanes(x[l]);
+  return sums;
+#endif
+}
+
 // to[h][i] = factor * from[i][h], zero from `rows` on.
 void turn(const float* from, int64_t row, int rows, int H, float factor, float* to) {
   for (int h = 0; h < H; h += LANES)
@@ -164,12 +190,6 @@ void turn_back(const float* from, int rows, int H, const float* factor, float* t
       for (int l = 0; l < LANES; ++l)
         if (i + l < rows) store(to + (i + l) * row + h, x[l]);
     }
-}
-
-float sum_of_lanes(Vector x) {
-  float sum = 0;
-  for (int lane = 0; lane < LANES; ++lane) sum += x[lane];
-  return sum;
 }
 
 float dot(const float* a, const float* b, int n) {

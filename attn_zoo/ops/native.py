@@ -22,11 +22,13 @@ import jax.numpy as jnp
 import jaxlib
 from jaxtyping import Array
 
-KERNELS = (*(f"{name}_{way}" for name in ("attention", "linear", "delta", "gathered") for way in ("forward", "backward")), "best_keys")
+from attn_zoo.spec import Unsupported
+
+KERNELS = (*(f"{name}_{way}" for name in ("attention", "linear", "delta", "gathered", "additive") for way in ("forward", "backward")), "best_keys")
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)  # of arguments; all is computed in float32
 LANES = 16  # of the widest vectors; channels are padded to whole ones
 FOLDER = Path(__file__).parent
-HEADER, SOURCES = "native.h", ("native_attention.cc", "native_linear.cc", "native_delta.cc", "native_gathered.cc")
+HEADER, SOURCES = "native.h", ("native_attention.cc", "native_linear.cc", "native_delta.cc", "native_gathered.cc", "native_additive.cc")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC")
 
 
@@ -36,6 +38,13 @@ def serves(dtype) -> bool | str:
         return f"it takes float32, bfloat16 or float16, not {jnp.dtype(dtype).name}"
     found = library()
     return found if isinstance(found, str) else True
+
+
+def check(dtype) -> None:
+    """Raises Unsupported, with the reason, unless there are kernels on this machine for arguments of this dtype."""
+    reason = serves(dtype)
+    if reason is not True:
+        raise Unsupported(f"the native kernels cannot serve here: {reason}")
 
 
 def call(kernel: str, shapes, arguments, *, tasks: int, room: tuple[int, int], dtype=jnp.float32, **attributes) -> list[Array]:

@@ -6,7 +6,6 @@ from jaxtyping import Array, Float
 
 from attn_zoo.ops import native
 from attn_zoo.ops.native import whole
-from attn_zoo.spec import Unsupported
 
 
 def native_delta_rule(
@@ -16,9 +15,7 @@ def native_delta_rule(
 
     Raises Unsupported, with the reason, for what native.serves refuses.
     """
-    reason = native.serves(jnp.result_type(q_BTNR, k_BTKR, v_BTKH))
-    if reason is not True:
-        raise Unsupported(f"the native kernels cannot serve here: {reason}")
+    native.check(jnp.result_type(q_BTNR, k_BTKR, v_BTKH))
     return _rule(*(whole(x, 3) for x in (q_BTNR, k_BTKR, v_BTKH)), beta_BTK.astype(jnp.float32))[0][..., : v_BTKH.shape[3]]
 
 

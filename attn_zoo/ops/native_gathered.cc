@@ -15,26 +15,6 @@ namespace {
 
 using Bits = ffi::Buffer<ffi::PRED>;
 
-// Lane l of the result is the sum of all lanes of x[l], which are spoiled: of two vectors at a time, half of either's lanes.
-template <int D, std::size_t... L>
-inline __attribute__((always_inline)) Vector sums_of_lanes(Vector* x, std::index_sequence<L...> lanes) {
-#ifdef HAS_SHUFFLE
-  if constexpr (D < LANES) {
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; i += 2 * D) {
-      const Vector a = x[i], b = x[i + D];
-      x[i] = __builtin_shufflevector(a, b, (L & D ? LANES + L - D : L)...) + __builtin_shufflevector(a, b, (L & D ? LANES + L : L + D)...);
-    }
-    return sums_of_lanes<2 * D>(x, lanes);
-  }
-  return x[0];
-#else
-  Vector sums;
-  for (int l = 0; l < LANES; ++l) sums[l] = sum_of_lanes(x[l]);
-  return sums;
-#endif
-}
-
 int64_t whole(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
 struct Lists {

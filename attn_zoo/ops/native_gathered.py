@@ -9,7 +9,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from attn_zoo.ops import native
 from attn_zoo.ops.native import whole
-from attn_zoo.spec import Unsupported
 
 NOTHING = np.zeros((0, 0, 0, 0), np.float32)  # factors that are not
 ALL_VALID = np.zeros((0, 0), bool)
@@ -30,7 +29,7 @@ def native_gathered(
 
     Everything is computed in float32. The working memory is two arrays [S, H] for each core that it runs on, four in the backward pass.
     """
-    _check(jnp.result_type(q_BTNH, k_BSKH, v_BSKH))
+    native.check(jnp.result_type(q_BTNH, k_BSKH, v_BSKH))
     (B, T, _, H), K, R = q_BTNH.shape, k_BSKH.shape[2], index_TR.shape[-1]
     index_BKTR, seen_BKTR = (x.reshape((1,) * (4 - x.ndim) + x.shape) for x in (index_TR.astype(jnp.int32), seen_TR))
     factor_BKTR = NOTHING if factor_TR is None else jnp.broadcast_to(factor_TR.astype(jnp.float32), (B, K, T, R))
@@ -46,19 +45,13 @@ def native_best_keys(
 
     No scores are stored but those of a tile. Not differentiable. Errors as above.
     """
-    _check(jnp.result_type(q_BTNH, k_BSKH))
+    native.check(jnp.result_type(q_BTNH, k_BSKH))
     q_BTNH, k_BSKH = (whole(jax.lax.stop_gradient(x), 3) for x in (q_BTNH, k_BSKH))
     B, T, N, H = q_BTNH.shape
     R = min(k, k_BSKH.shape[1])
     arguments = q_BTNH, k_BSKH, ALL_VALID if valid_BS is None else valid_BS
     (index_BNTR,) = native.call("best_keys", [(B, N, T, R)], arguments, tasks=B * N * T, room=(R, H), dtype=jnp.int32, causal=causal)
     return jnp.maximum(index_BNTR, 0), index_BNTR >= 0
-
-
-def _check(dtype):
-    reason = native.serves(dtype)
-    if reason is not True:
-        raise Unsupported(f"the native kernels cannot serve here: {reason}")
 
 
 def _call(name, scale, shapes, q, k, *more):

@@ -10,7 +10,6 @@ from jaxtyping import Array, Bool, Float
 
 from attn_zoo.ops import native
 from attn_zoo.ops.native import whole
-from attn_zoo.spec import Unsupported
 
 NOTHING = np.zeros((0, 0, 0), np.float32)  # decays that are not
 
@@ -66,9 +65,7 @@ def native_random_feature_sums(
 
 
 def _run(form, q, k, v, decay, valid, w):
-    reason = native.serves(jnp.result_type(q, k, v))
-    if reason is not True:
-        raise Unsupported(f"the native kernels cannot serve here: {reason}")
+    native.check(jnp.result_type(q, k, v))
     o_BTNH, norm_BTN = _sums(form, *(whole(x, 3) for x in (q, k, v)), decay, valid, w)
     return o_BTNH[..., : v.shape[3]], norm_BTN
 

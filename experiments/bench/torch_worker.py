@@ -90,13 +90,16 @@ def peers(settings: dict[str, Any]) -> list[Peer]:
     if torch.cuda.is_available():  # the packages below are made of PyTorch's plain operations; the GPU's marks are those above
         return found
     local, bigbird = f"local(window={window})", f"block(block={block}, global_blocks=2, random_blocks=3)"
+    linformer, nystrom = f"linformer(rank={rank}, share='heads')", f"nystrom(landmarks={landmarks}, residual_kernel=33)"
     found += [
         Peer("local-attention", local, True, functools.partial(_local_attention, window), needs=("local_attention",)),
         Peer("Longformer (transformers)", local, False, functools.partial(_longformer, window), layer="inputs", needs=("transformers",)),
         Peer("BigBird (transformers)", bigbird, False, functools.partial(_bigbird, block, True), layer="inputs", needs=("transformers",)),
         Peer("BigBird (transformers), between its projections", bigbird, False, functools.partial(_bigbird, block, False), needs=("transformers",)),
-        Peer("linformer (PyTorch)", f"linformer(rank={rank}, share='heads')", False, functools.partial(_linformer, rank), layer=True, needs=("linformer",)),
-        Peer("nystrom-attention", f"nystrom(landmarks={landmarks}, residual_kernel=33)", False, functools.partial(_nystrom, landmarks), layer=True, needs=("nystrom_attention",)),
+        Peer("linformer (PyTorch)", linformer, False, functools.partial(_linformer, rank, True), layer=True, needs=("linformer",)),
+        Peer("linformer (PyTorch), between its projections", linformer, False, functools.partial(_linformer, rank, False), layout="heads last", needs=("linformer",)),
+        Peer("nystrom-attention", nystrom, False, functools.partial(_nystrom, landmarks, True), layer=True, needs=("nystrom_attention",)),
+        Peer("nystrom-attention, between its projections", nystrom, False, functools.partial(_nystrom, landmarks, False), layout="heads last", needs=("nystrom_attention",)),
         Peer("reformer-pytorch", f"lsh(num_hashes=4, bucket_size={block})", True, functools.partial(_reformer, block), layout="shared", needs=("reformer_pytorch",)),
     ]
     for causal in (True, False):
@@ -182,16 +185,34 @@ def _bigbird(block, projections, shape):
     return lambda q, k, v: layer.bigbird_block_sparse_attention(q, k, v, *masks.values(), *sizes, seed=0, plan_from_length=None, plan_num_rand_blocks=None)[0].transpose(1, 2)
 
 
-def _linformer(rank, shape):
+def _linformer(rank, projections, shape):
     from linformer.linformer import LinformerSelfAttention
 
-    return LinformerSelfAttention(shape.N * shape.H, shape.T, k=rank, heads=shape.N, dim_head=shape.H)
+    layer = LinformerSelfAttention(shape.N * shape.H, shape.T, k=rank, heads=shape.N, dim_head=shape.H).to(shape.device, shape.dtype)
+    if projections:
+        return layer
+    layer.to_q, layer.to_k, layer.to_v, layer.to_out = _Given(), _Given(), _Given(), torch.nn.Identity()
+
+    def attend(q, k, v):
+        layer.to_q.result, layer.to_k.result, layer.to_v.result = (x.flatten(2) for x in (q, k, v))
+        return layer(layer.to_q.result).reshape(q.shape)
+
+    return attend
 
 
-def _nystrom(landmarks, shape):
+def _nystrom(landmarks, projections, shape):
     from nystrom_attention import NystromAttention
 
-    return NystromAttention(shape.N * shape.H, shape.H, shape.N, num_landmarks=landmarks, residual=True, residual_conv_kernel=33)
+    layer = NystromAttention(shape.N * shape.H, shape.H, shape.N, num_landmarks=landmarks, residual=True, residual_conv_kernel=33).to(shape.device, shape.dtype)
+    if projections:
+        return layer
+    layer.to_qkv, layer.to_out = _Given(), torch.nn.Identity()
+
+    def attend(q, k, v):
+        layer.to_qkv.result = _Parts(x.flatten(2) for x in (q, k, v))
+        return layer(q.flatten(2)).reshape(q.shape)
+
+    return attend
 
 
 def _reformer(bucket, shape):
@@ -214,6 +235,20 @@ def _fla(module, name, shape):
         beta = torch.full((shape.B, shape.T, shape.N), 0.5, dtype=shape.dtype, device=shape.device)
         return lambda q, k, v: run(q, torch.nn.functional.normalize(k, dim=-1), v, beta)[0]
     return lambda q, k, v: run(q, k, v)[0]
+
+
+class _Given(torch.nn.Module):
+    """Stands for a projection whose result is there already."""
+
+    def forward(self, x):
+        return self.result
+
+
+class _Parts(tuple):
+    """Stands for a tensor that is only asked for its parts."""
+
+    def chunk(self, count, dim):
+        return self
 
 
 class _Module:

@@ -81,7 +81,7 @@ def test_symmetries_of_the_network():
 def test_no_array_of_all_hidden_units():
     """T S R numbers are what this variant must not make; nor even T S, with gradients of the parameters too."""
     T, R = 512, 32
-    attention = make_attention(f"additive(hidden={R})", num_heads=1, head_dim=H, max_len=T, causal=True)
+    attention = make_attention(f"additive(hidden={R})", num_heads=1, head_dim=H, max_len=T, causal=True, backend="xla")
     graph, params, rest = nnx.split(attention, nnx.Param, ...)
     loss = lambda params, q, k, v: nnx.merge(graph, params, rest)(q, k, v).sum()
     x = jax.ShapeDtypeStruct((1, T, 1, H), jnp.float32)

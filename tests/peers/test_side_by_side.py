@@ -58,6 +58,20 @@ def test_a_peer_gives_a_time_or_a_reason(worker, name, mode):
     assert worker.ask("time", name=name, mode=mode, calls=2)["seconds"] > 0
 
 
+@pytest.mark.parametrize("name", ["linformer", "nystrom"])
+def test_between_its_projections_a_package_does_what_its_layer_does(name):
+    build, shape = getattr(torch_worker, f"_{name}"), torch_worker.Shape(2, T, N, H, torch.float32, "cpu")
+
+    def built(projections):
+        torch.manual_seed(0)
+        return build(8, projections, shape)
+
+    layer, attend, x = built(True).eval(), built(False), torch.randn(2, T, N * H)
+    projected = layer.to_qkv(x).chunk(3, dim=-1) if name == "nystrom" else (layer.to_q(x), layer.to_k(x), layer.to_v(x))
+    o = attend(*(part.reshape(2, T, N, H) for part in projected))
+    np.testing.assert_allclose(layer.to_out(o.flatten(2)).detach(), layer(x).detach(), atol=1e-5)
+
+
 def test_no_peer_runs_on_the_cpu_beside_a_gpu():
     if not torch.cuda.is_available():
         assert all("sees no GPU" in p.reason("gpu") for p in torch_worker.peers(SETTINGS) if p.reason() is None)
