@@ -64,7 +64,8 @@ class Star(SlotDecoding):
         score_BSN = self.scale * jnp.einsum("NH,BSNH->BSN", self.relay_query[...], k_BSNH, precision="highest")
         if valid_BS is not None:
             score_BSN = jnp.where(valid_BS[:, :, None], score_BSN, -jnp.inf)
-        relay_BTNR, seen_BTN = softmax_mean(score_BSN, jnp.concatenate([k_BSNH, v_BSNH], axis=-1), causal=self.dims.causal)
+        backend = "native" if self.backend(valid_BS is not None) == "native" else "xla"
+        relay_BTNR, seen_BTN = softmax_mean(score_BSN, jnp.concatenate([k_BSNH, v_BSNH], axis=-1), causal=self.dims.causal, backend=backend)
         return self.with_relay(q_BTNH, ring, jnp.broadcast_to(relay_BTNR, (*q_BTNH.shape[:3], relay_BTNR.shape[-1])), seen_BTN)
 
     def with_relay(self, q_BTNH, ring, relay_BTNR, seen_BTN):

@@ -5,20 +5,31 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from attn_zoo.ops.native_linear import native_sums
+
 CHUNK = 128  # positions per step of the running form
 
 
 def softmax_mean(
-    score_BSN: Float[Array, "B S N"], x_BSNR: Float[Array, "B S N R"], *, causal: bool
+    score_BSN: Float[Array, "B S N"], x_BSNR: Float[Array, "B S N R"], *, causal: bool, backend: str = "xla"
 ) -> tuple[Float[Array, "B T N R"], Bool[Array, "B T N"]]:
     """(sum_j exp(score_j) x_j / sum_j exp(score_j), whether there was any j), over all j (T = 1), or over j <= i for every i (T = S).
 
-    A score of -inf leaves its position out; a mean over none is zero. O(S) memory with gradients.
+    A score of -inf leaves its position out; a mean over none is zero. O(S) memory with gradients. `backend`, of the running form, is "xla" or "native".
     """
     if causal:
-        return _running(score_BSN, x_BSNR)
+        return _fading(score_BSN, x_BSNR) if backend == "native" else _running(score_BSN, x_BSNR)
     weight_BSN = jnp.exp(score_BSN - _finite(lax.stop_gradient(score_BSN.max(axis=1, keepdims=True))))
     return _divide(jnp.einsum("BSN,BSNR->BNR", weight_BSN, x_BSNR, precision="highest")[:, None], weight_BSN.sum(axis=1, keepdims=True))
+
+
+def _fading(score_BSN, x_BSNR):
+    """As the decayed sums that there are kernels for: with m_i the largest score up to i, exp(s_j - m_i) = exp(s_j - m_j) exp(m_j - m_i)."""
+    top_BSN = lax.cummax(lax.stop_gradient(score_BSN), axis=1)
+    before_BSN = jnp.pad(top_BSN[:, :-1], ((0, 0), (1, 0), (0, 0)), constant_values=-jnp.inf)
+    log_decay_BSN = jnp.where(before_BSN > -jnp.inf, before_BSN - _finite(top_BSN), 0.0)  # what fades where nothing was seen is nothing
+    weight_BSN1 = jnp.exp(score_BSN - _finite(top_BSN))[..., None]
+    return _divide(*native_sums(jnp.ones_like(weight_BSN1), weight_BSN1, x_BSNR, log_decay_BSN))
 
 
 def _running(score_BSN, x_BSNR):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import ON_CPU
 
 from attn_zoo import Unsupported, make_attention
 from attn_zoo.ops import softmax_mean
@@ -12,8 +13,8 @@ B, T, N, K, H = 2, 19, 4, 2, 8
 DIRECTION = pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
 
 
-def make(causal, ring=1, relay=True, seed=None, scale=1.0):
-    attention = make_attention(f"star(ring={ring}, relay={relay})", num_heads=N, num_kv_heads=K, head_dim=H, max_len=32, causal=causal)
+def make(causal, ring=1, relay=True, seed=None, scale=1.0, backend="auto"):
+    attention = make_attention(f"star(ring={ring}, relay={relay})", num_heads=N, num_kv_heads=K, head_dim=H, max_len=32, causal=causal, backend=backend)
     if seed is not None:
         attention.relay_query[...] = scale * jax.random.normal(jax.random.key(seed), (N, H))
     return attention
@@ -45,15 +46,36 @@ def by_definition(q, k, v, relay_query, ring, causal, valid):
 
 
 @DIRECTION
+@pytest.mark.parametrize("backend", ["auto", "xla"])
 @pytest.mark.parametrize("ring, scale", [(1, 0.0), (2, 1.0), (0, 40.0)], ids=["relay is the mean", "ring of two", "sharp relay"])
-def test_equals_its_definition(causal, ring, scale, monkeypatch):
+def test_equals_its_definition(causal, ring, scale, backend, monkeypatch):
     monkeypatch.setattr(softmax_mean, "CHUNK", 4)  # the running softmax crosses chunks, and does not fill the last
     valid = np.random.default_rng(1).random((B, T)) < 0.7
     valid[1, :6] = False  # what a causal query sees at first is nothing at all
     q, k, v = inputs()
-    attention = make(causal, ring, seed=3, scale=scale)
+    attention = make(causal, ring, seed=3, scale=scale, backend=backend)
     expected = by_definition(q, k, v, attention.relay_query[...], ring, causal, valid)
     np.testing.assert_allclose(attention(q, k, v, valid_BS=jnp.asarray(valid)), expected, rtol=0, atol=5e-6)
+
+
+@pytest.mark.skipif(ON_CPU != "native", reason="no native kernels here")
+def test_the_running_mean_as_a_sum_that_fades():
+    """Against the running softmax, over several chunks of the kernels: scores that jump, positions left out, and none at first."""
+    rng = np.random.default_rng(0)
+    score, x = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((B, 200, N), (B, 200, N, 20)))
+    score = score.at[:, 70:, 1].add(30).at[:, 130, 2].add(90).at[:, ::3, 3].set(-jnp.inf).at[1, :80].set(-jnp.inf)
+
+    def run(backend):
+        f = lambda score, x: softmax_mean.softmax_mean(score, x, causal=True, backend=backend)
+        loss = lambda score, x: jnp.sin(f(score, x)[0]).sum()
+        return f(score, x), jax.jit(jax.grad(loss, (0, 1)))(score, x)
+
+    (mean, seen), gradients = run("native")
+    (expected, expected_seen), expected_gradients = run("xla")
+    np.testing.assert_array_equal(seen, expected_seen)
+    assert not seen[1, :80].any() and seen[0].all(axis=0).sum() == N - 1
+    np.testing.assert_allclose(mean, expected, atol=1e-5)
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, atol=2e-5 * max(1, abs(e).max())), gradients, expected_gradients)
 
 
 @DIRECTION
