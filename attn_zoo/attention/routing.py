@@ -25,6 +25,7 @@ from jax import lax
 
 from attn_zoo.attention.base import Attention, Paper, Statistic, Variant, repeat_kv, softmax_reference
 from attn_zoo.attention.pattern import pair_flops
+from attn_zoo.ops import backends
 from attn_zoo.ops.blocked import rows_per_step
 from attn_zoo.ops.tiled import tiled_attention
 from attn_zoo.spec import check, check_int, check_number
@@ -86,7 +87,7 @@ def memberships(x_BTNH, centroids_NCH, valid_BT, window: int):
     return tuple(jnp.moveaxis(x, 0, 2) for x in taken)
 
 
-def routed_attention(q_BTNH, k_BTNH, v_BTNH, taken_q, taken_k, causal: bool):
+def routed_attention(q_BTNH, k_BTNH, v_BTNH, taken_q, taken_k, causal: bool, backend: str):
     """Attention within clusters of (index, member) [B, N, C, W], averaged over the clusters of a query: [B, T, N, H]."""
     B, T, N, H = q_BTNH.shape
     C, W = taken_q[0].shape[2:]
@@ -100,7 +101,7 @@ def routed_attention(q_BTNH, k_BTNH, v_BTNH, taken_q, taken_k, causal: bool):
 
     (q_index, q_member), (k_index, k_member) = taken_q, taken_k
     about = tuple(x.reshape(B * N * C, W) for x in (q_index, k_index, k_member))
-    o, _ = tiled_attention(gather(q_BTNH, q_index)[:, None], gather(k_BTNH, k_index), gather(v_BTNH, k_index), pairs, about)
+    o, _ = tiled_attention(gather(q_BTNH, q_index)[:, None], gather(k_BTNH, k_index), gather(v_BTNH, k_index), pairs, about, backend=backend)
     total = jax.vmap(jax.vmap(lambda x, index: jax.ops.segment_sum(x, index, num_segments=T)))
     flat = lambda x: x.reshape(B, N, C * W, -1)
     weight = flat(q_member).astype(o.dtype)
@@ -136,7 +137,7 @@ class Routing(Attention):
         (q, k, v), sphere, taken = self.prepare(q_BTNH, k_BSKH, v_BSKH, valid_BS, valid_BT)
         if key is not None:
             self.move_centroids(sphere, (valid_BT, valid_BS))
-        return routed_attention(q, k, v, *taken, self.dims.causal)
+        return routed_attention(q, k, v, *taken, self.dims.causal, self.backend())
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key, *, valid_BT=None):
         (q, k, v), _, taken = self.prepare(q_BTNH, k_BSKH, v_BSKH, valid_BS, valid_BT)
@@ -171,6 +172,9 @@ class Routing(Attention):
         self.leave("centroids", jnp.where(counts_NC[..., None] > 0, decay * centroids_NCH + (1 - decay) * mean_NCH, centroids_NCH))
         share_NC = counts_NC / jnp.maximum(counts_NC.sum(axis=1, keepdims=True), 1)
         self.leave("balance", jnp.exp(jax.scipy.special.entr(share_NC).sum(axis=1)) / centroids_NCH.shape[1])
+
+    def backend(self, masked=False):
+        return backends.choose_tiles(self.dims.backend, self.dims.dtype, self.dims.head_dim)
 
     def flops(self, B, T, S):
         options = dataclasses.replace(self.options, clusters=clusters_of(self.options, self.dims.max_len))

@@ -1,5 +1,6 @@
 """Routing attention: whom centroids take, what a query in none or several clusters gets, and how centroids move."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny import ON_CPU
 
 from attn_zoo import UserError, make_attention
 from attn_zoo.attention import Statistic
@@ -51,6 +53,25 @@ def taken_by_definition(x, centroids, valid, window=W):
 
 def centroids_of(attention):
     return np.asarray(attention.centroids[...], np.float64)
+
+
+@pytest.mark.skipif(ON_CPU != "native", reason="no native kernels here")
+@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+def test_clusters_on_the_native_kernels_and_on_xla(causal):
+    """Outputs and gradients, with holes; and the record says what ran."""
+    graph, rest = made(f"routing(clusters={C})", causal)
+    valid = jnp.asarray(holes())
+
+    def run(backend):
+        attention = nnx.merge(graph, rest)
+        attention.dims = dataclasses.replace(attention.dims, backend=backend)
+        assert attention.plan(T, T, True)["backend"] == {"auto": "native"}.get(backend, backend)
+        f = lambda q, k, v: attention(q, k, v, valid_BS=valid)
+        assert ("ffi_call" in str(jax.make_jaxpr(f)(*inputs()))) == (backend != "xla")
+        return jax.jit(f)(*inputs()), *jax.jit(jax.grad(lambda *args: jnp.sin(f(*args)).sum(), (0, 1, 2)))(*inputs())
+
+    for backend in ("auto", "native"):
+        jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, atol=2e-6 * max(1, abs(e).max())), run(backend), run("xla"))
 
 
 def test_every_centroid_takes_the_same_number_of_its_nearest_in_rising_order():
