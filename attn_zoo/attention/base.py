@@ -291,6 +291,7 @@ class Attention(nnx.Module):
                 q_BTNH = jnp.where(valid_BT[:, :, None, None], q_BTNH, 0)
         if valid_BS is None:
             return attend(q_BTNH, k_BSKH, v_BSKH, None, key).astype(q_BTNH.dtype)
+        valid_BS = jnp.broadcast_to(valid_BS, (B, S))  # kernels read it as it stands
         # Whatever stands in invalid positions (even NaN) must change nothing: 0 * NaN is NaN, so it is replaced, not weighted away.
         k_BSKH, v_BSKH = (jnp.where(valid_BS[:, :, None, None], x, 0) for x in (k_BSKH, v_BSKH))
         o_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, valid_BS, key)

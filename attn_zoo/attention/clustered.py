@@ -83,7 +83,7 @@ class Clustered(Attention):
         return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS * in_cluster_BNT[..., None], v_BSNH, precision="highest")
 
     def backend(self, masked=False):
-        return backends.choose_lists(self.dims.backend, self.dims.dtype)
+        return backends.choose_lists(self.dims.backend, self.dims.dtype) if self.options.topk else super().backend(masked)
 
     def cluster(self, q_BTNH, valid_BT):
         """(the cluster of each query, [B, N, T]; the valid members of each, one-hot float32, [B, N, T, C])."""

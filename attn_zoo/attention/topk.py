@@ -87,7 +87,7 @@ def best_keys(q_BTNH, k_BSNH, valid_BS, k: int, causal: bool):
         if valid_BS is not None:
             scores_BNTS = jnp.where(valid_BS[:, None, None, :], scores_BNTS, -jnp.inf)
         values, index = lax.top_k(scores_BNTS, min(k, S))
-        return index, values > -jnp.inf
+        return index, values != -jnp.inf  # a NaN is seen
 
     chosen = lax.map(best, (q, jnp.arange(steps) * step))
     return tuple(jnp.moveaxis(x, 0, 2).reshape(B, N, steps * step, -1)[:, :, :T] for x in chosen)

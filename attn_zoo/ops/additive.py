@@ -30,7 +30,7 @@ def additive_attention(
 ) -> Float[Array, "B T N H"]:
     """softmax_s(weight . tanh(q_t + k_s)) v over all valid keys, or those with s <= t; a row that sees no key gives zeros.
 
-    Queries and keys arrive projected to R hidden units (Bahdanau et al. 2015, appendix A.1.2). Computes in the dtype it is given.
+    Queries and keys arrive projected to R hidden units (Bahdanau et al. 2015, appendix A.1.2). XLA computes in the dtype it is given, `block` by `block`.
     `backend` is "xla" or "native" (see backends.choose_additive).
     """
     if backend == "native":

@@ -1,7 +1,7 @@
 """Attention of each query over its own short list of keys, for variants whose pairs fill no blocks (random keys, trees, largest scores).
 
 Keys and values are gathered some queries at a time and gathered again in the backward pass, so memory is O(T H), not O(T R H). On a CPU the native kernels
-read them where they are (ops.native_gathered).
+gather nothing (ops.native_gathered).
 """
 
 import jax

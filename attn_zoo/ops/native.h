@@ -1,5 +1,5 @@
 // What the native kernels share: vectors, the one product they are all made of, transposes, and how tasks are spread over XLA's threads.
-// Vector extensions of GCC and Clang, no intrinsics: what the machine has is what -march=native says.
+// Vector extensions of GCC and Clang: what the machine has is what -march=native says. Two sources take an intrinsic each, where those have no word for it.
 #pragma once
 
 #include <algorithm>
@@ -43,18 +43,31 @@ inline Vector all(float x) { return x - Vector{}; }
 inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
 inline Vector smaller(Vector a, Vector b) { return a > b ? b : a; }  // NaN where a is
 
-// 2^x for x <= 127, to 2e-7; 0 below -126, and what is no number stays so. The polynomial is Cephes' exp2f.
-inline Vector exp2(Vector x) {
-  const Vector magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
-  const Vector rounded = x + magic, f = x - (rounded - magic);
+constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+
+// 2^(f + n) for f from -1/2 to 1/2, of a whole number n given as n + ROUND. The polynomial is Cephes' exp2f.
+inline Vector power_of_two(Vector f, Vector rounded) {
   Vector p = f * 1.535336188319500e-4f + 1.339887440266574e-3f;
   p = p * f + 9.618437357674640e-3f;
   p = p * f + 5.550332471162809e-2f;
   p = p * f + 2.402264791363012e-1f;
   p = p * f + 6.931472028550421e-1f;
   p = p * f + 1.0f;
-  const Integers power = reinterpret_cast<Integers>(p) + ((reinterpret_cast<Integers>(rounded) - reinterpret_cast<Integers>(magic)) << 23);
-  return x < all(-126.0f) ? Vector{} : x == x ? reinterpret_cast<Vector>(power) : x;
+  return reinterpret_cast<Vector>(reinterpret_cast<Integers>(p) + ((reinterpret_cast<Integers>(rounded) - reinterpret_cast<Integers>(all(ROUND))) << 23));
+}
+
+// 2^x for x <= 127, to 2e-7; 0 below -126, and what is no number stays so.
+inline Vector exp2(Vector x) {
+  const Vector rounded = x + ROUND, power = power_of_two(x - (rounded - ROUND), rounded);
+  return x < all(-126.0f) ? Vector{} : x == x ? power : x;
+}
+
+// e^x for x <= 87, to 2e-7, as above; not as 2^(x log2(e)), whose rounding grows with x.
+inline Vector exp(Vector x) {
+  const Vector rounded = x * LOG2E + ROUND, n = rounded - ROUND;
+  const Vector rest = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // x - n ln 2, in two parts of which the first is exact
+  const Vector power = power_of_two(rest * LOG2E, rounded);
+  return x < all(-87.0f) ? Vector{} : x == x ? power : x;
 }
 
 // The number A(m, k) stands at a[m * row + k * column].
@@ -112,7 +125,7 @@ void product(int M, int N, int K, Left A, const float* B, int64_t b_row, float* 
     some_vectors<VECTORS>(std::min(VECTORS, (N - n) / LANES), M, K, A, B + n, b_row, C + n, c_row, add);
 }
 
-#if defined(__has_builtin)
+#if defined(__has_builtin) && !defined(NO_SHUFFLE)  // a test leaves it out
 #if __has_builtin(__builtin_shufflevector)  // GCC 12, Clang
 #define HAS_SHUFFLE
 #endif

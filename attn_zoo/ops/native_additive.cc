@@ -11,8 +11,7 @@
 
 namespace {
 
-constexpr float TWICE = 2 * LOG2E;
-constexpr float LIMIT = 62;  // of the logarithms of a and b, to base 2: their product is a number
+constexpr float LIMIT = 42;  // of the logarithms of a and b: their product is a number
 
 // 1 / x, for x from 1 to 2^125.
 inline Vector reciprocal(Vector x) {
@@ -47,29 +46,32 @@ Additive additive_of(Floats& q, Floats& k, Floats& weight, Floats& v, ffi::Buffe
           valid.element_count() ? valid.typed_data() : nullptr};
 }
 
-// The rows of a tile, and exp(2 x) of them, if that is moderate; rows beyond the last are as for zero.
+// The rows of a tile, exp(2 x) of them, and in which of them all of those are moderate, row i as bit i; rows beyond the last are as for zero.
 struct Exponentials {
-  float *x, *exp;
-  bool moderate = true;
+  float *x, *power;
+  uint64_t moderate = 0;
 
   void make(const float* from, int64_t row, int rows, int R) {
-    Vector largest{};
-    for (int i = 0; i < BLOCK; ++i)
+    moderate = 0;
+    for (int i = 0; i < BLOCK; ++i) {
+      Vector largest{};
       for (int r = 0; r < R; r += LANES) {
-        const Vector x_r = i < rows ? load(from + i * row + r) : Vector{}, power = TWICE * x_r;
+        const Vector x_r = i < rows ? load(from + i * row + r) : Vector{}, twice = 2.0f * x_r;
         store(x + i * R + r, x_r);
-        store(exp + i * R + r, exp2(smaller(power, all(LIMIT))));
-        largest = larger(larger(power, -power), largest);
+        store(power + i * R + r, exp(smaller(twice, all(LIMIT))));
+        largest = larger(larger(twice, -twice), largest);
       }
-    moderate = true;
-    for (int lane = 0; lane < LANES; ++lane) moderate &= largest[lane] <= LIMIT;
+      bool is = true;
+      for (int lane = 0; lane < LANES; ++lane) is &= largest[lane] <= LIMIT;
+      moderate |= uint64_t{is} << i;
+    }
   }
 };
 
 // y of one vector of hidden units.
 template <bool MODERATE>
 inline __attribute__((always_inline)) Vector y_of(Vector a, const float* b) {
-  return reciprocal(1.0f + (MODERATE ? a * load(b) : exp2(smaller(TWICE * (a + load(b)), all(2 * LIMIT)))));
+  return reciprocal(1.0f + (MODERATE ? a * load(b) : exp(smaller(2.0f * (a + load(b)), all(2 * LIMIT)))));
 }
 
 template <bool MODERATE>
@@ -111,7 +113,7 @@ struct ForwardPieces {
   Room room;
   int64_t R, H;
   Exponentials a{room.take(BLOCK * R), room.take(BLOCK * R)}, b{room.take(BLOCK * R), room.take(BLOCK * R)};
-  float *p = room.take(BLOCK * BLOCK), *o = room.take(BLOCK * H);
+  float *p = room.take(BLOCK * BLOCK), *spare = room.take(BLOCK * BLOCK), *o = room.take(BLOCK * H);
 };
 
 struct BackwardPieces {
@@ -119,13 +121,26 @@ struct BackwardPieces {
   int64_t R, H;
   Exponentials a{room.take(BLOCK * R), room.take(BLOCK * R)}, b{room.take(BLOCK * R), room.take(BLOCK * R)};
   float *p = room.take(BLOCK * BLOCK), *dp = room.take(BLOCK * BLOCK), *v_t = room.take(H * BLOCK), *dk = room.take(BLOCK * R), *dv = room.take(BLOCK * H);
-  float* dweight = room.take(R);
+  float* spare = room.take(BLOCK * BLOCK);
 };
 
-// Scores of a tile, hidden ones too.
-void score_tile(const Additive& s, const Exponentials& a, const Exponentials& b, int64_t batch, int64_t n, int64_t from, int rows, int64_t first, int keys, float* p) {
+// The numbers of pairs of two moderate rows, or of the others, and zeros in place of the rest.
+void keep(const Exponentials& a, const Exponentials& b, bool moderate, int rows, const float* from, float* to) {
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < BLOCK; ++j) to[i * BLOCK + j] = bool(a.moderate >> i & b.moderate >> j & 1) == moderate ? from[i * BLOCK + j] : 0;
+}
+
+// Scores of a tile, hidden ones too. How a pair's is computed goes by that pair alone: no other may change its last bit.
+void score_tile(const Additive& s, const Exponentials& a, const Exponentials& b, int64_t batch, int64_t n, int64_t from, int rows, int64_t first, int keys, float* p,
+                float* spare) {
   const float* weight = s.weight + n * s.R;
-  a.moderate && b.moderate ? score<true>(a.exp, b.exp, weight, rows, keys, s.R, p) : score<false>(a.x, b.x, weight, rows, keys, s.R, p);
+  score<true>(a.power, b.power, weight, rows, keys, s.R, p);
+  if (~(a.moderate & b.moderate)) {
+    score<false>(a.x, b.x, weight, rows, keys, s.R, spare);
+    for (int i = 0; i < rows; ++i)
+      for (int j = 0; j < BLOCK; ++j)
+        if (!(a.moderate >> i & b.moderate >> j & 1)) p[i * BLOCK + j] = spare[i * BLOCK + j];
+  }
   s.hide(batch, from, rows, first, keys, p);
 }
 
@@ -144,7 +159,7 @@ ffi::Error forward(ffi::ThreadPool pool, Floats q, Floats k, Floats weight, Floa
       const int64_t at = (b * s.S + first) * s.K + head;
       const int keys = int(std::min<int64_t>(BLOCK, s.S - first));
       x.b.make(s.k + at * s.R, s.K * s.R, keys, s.R);
-      score_tile(s, x.a, x.b, b, n, from, rows, first, keys, x.p);
+      score_tile(s, x.a, x.b, b, n, from, rows, first, keys, x.p, x.spare);
       for (int i = 0; i < rows; ++i) {
         float* p = x.p + i * BLOCK;
         Vector most = all(top[i]);
@@ -193,7 +208,7 @@ ffi::Error backward(ffi::ThreadPool pool, Floats q, Floats k, Floats weight, Flo
           const int rows = int(std::min<int64_t>(BLOCK, s.T - from));
           const float* do_c = d_o.typed_data() + row * H;
           x.a.make(s.q + row * s.R, s.N * s.R, rows, s.R);
-          score_tile(s, x.a, x.b, b, n, from, rows, first, keys, x.p);
+          score_tile(s, x.a, x.b, b, n, from, rows, first, keys, x.p, x.spare);
           product(rows, BLOCK, s.H, {do_c, s.N * H, 1}, x.v_t, BLOCK, x.dp, BLOCK, false);
           for (int i = 0; i < rows; ++i) {
             const float delta = dot(do_c + i * s.N * H, o.typed_data() + (row + i * s.N) * H, s.H), lse_i = lse.typed_data()[row + i * s.N];
@@ -207,8 +222,12 @@ ffi::Error backward(ffi::ThreadPool pool, Floats q, Floats k, Floats weight, Flo
           product(keys, s.H, rows, {x.p, 1, BLOCK}, do_c, s.N * H, x.dv, s.H, true);
           float *dq_c = dq->typed_data() + row * s.R, *dweight_n = dweight->typed_data() + (b * s.N + n) * s.R;
           const float* w = s.weight + n * s.R;
-          x.a.moderate && x.b.moderate ? back<true>(x.a.exp, x.b.exp, w, rows, keys, s.R, x.dp, dq_c, s.N * s.R, x.dk, dweight_n)
-                                       : back<false>(x.a.x, x.b.x, w, rows, keys, s.R, x.dp, dq_c, s.N * s.R, x.dk, dweight_n);
+          if (~(x.a.moderate & x.b.moderate)) {
+            keep(x.a, x.b, false, rows, x.dp, x.spare);
+            back<false>(x.a.x, x.b.x, w, rows, keys, s.R, x.spare, dq_c, s.N * s.R, x.dk, dweight_n);
+            keep(x.a, x.b, true, rows, x.dp, x.dp);
+          }
+          back<true>(x.a.power, x.b.power, w, rows, keys, s.R, x.dp, dq_c, s.N * s.R, x.dk, dweight_n);
         }
       copy_rows(x.dk, s.R, dk->typed_data() + at * s.R, s.K * s.R, keys, s.R);
       copy_rows(x.dv, s.H, dv->typed_data() + at * s.H, s.K * s.H, keys, s.H);

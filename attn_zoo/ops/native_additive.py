@@ -20,7 +20,7 @@ def native_additive(
     causal: bool,
     valid_BS: Bool[Array, "B S"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """As `additive_attention`, in float32 throughout. Working memory is of a tile. Raises Unsupported, with the reason, for what native.serves refuses."""
+    """As `additive_attention`, in float32 throughout (of tanh to 2e-7), the result in v's dtype. Working memory is of a tile for each core; gradients take a key head a core. Raises Unsupported, with the reason, for what native.serves refuses."""
     native.check(jnp.result_type(q_BTNR, k_BSKR, v_BSKH))
     arguments = whole(q_BTNR, 3), whole(k_BSKR, 3), whole(weight_NR, 1), whole(v_BSKH, 3), np.zeros((0, 0), bool) if valid_BS is None else valid_BS
     return _attend(causal, *arguments)[0][..., : v_BSKH.shape[3]].astype(v_BSKH.dtype)

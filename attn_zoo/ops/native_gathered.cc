@@ -84,6 +84,21 @@ void score(const float* x, const float* rows, int H, const Listed& list, float* 
   }
 }
 
+// list.p, products of the query and keys, become softmax weights; returns the logarithm of the sum that they are divided by.
+float weigh(const Listed& list, float scale) {
+  const int n = int(whole(list.n));
+  for (int i = 0; i < n; i += LANES) store(list.p + i, scale * load(list.p + i));
+  Vector most = load(list.p);
+  for (int i = 0; i < n; i += LANES) most = larger(most, load(list.p + i));
+  float top = most[0];
+  for (int lane = 1; lane < LANES; ++lane) top = most[lane] > top ? most[lane] : top;
+  for (int i = 0; i < n; i += LANES) store(list.p + i, exp2(LOG2E * (load(list.p + i) - top)));
+  for (int i = list.n; i < n; ++i) list.p[i] = 0;
+  const float sum = total(list.p, n);
+  for (int i = 0; i < n; i += LANES) store(list.p + i, load(list.p + i) / sum);
+  return top + std::log(sum);
+}
+
 // out[:] = sum over i of weight[i] rows[key[i]][:], of V vectors.
 template <int V>
 void mix(const float* weight, const float* rows, int H, const Listed& list, float* out) {
@@ -142,26 +157,18 @@ ffi::Error forward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Indices i
           continue;
         }
         score(q.typed_data() + row * s.H, x.k, s.H, list, list.p);
-        Vector most = load(list.p);
-        for (int i = 0; i < list.n; i += LANES) most = larger(most, load(list.p + i));
-        float top = most[0], sum = 0;
-        for (int lane = 1; lane < LANES; ++lane) top = most[lane] > top ? most[lane] : top;
-        for (int i = 0; i < list.n; i += LANES) store(list.p + i, exp2(scale * LOG2E * (load(list.p + i) - top)));
-        for (int i = list.n; i < whole(list.n); ++i) list.p[i] = 0;
-        sum = total(list.p, int(whole(list.n)));
-        for (int i = 0; i < list.n; i += LANES) store(list.p + i, load(list.p + i) / sum);
+        lse->typed_data()[row] = weigh(list, scale);
         if (factor.element_count())
           for (int i = 0; i < list.n; ++i) list.p[i] *= list.factor[i];
         mix(list.p, x.v, s.H, list, o_t);
-        lse->typed_data()[row] = scale * top + std::log(sum);
       }
     }
   });
   return ffi::Error::Success();
 }
 
-ffi::Error backward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Indices index, Bits seen, Bits valid, Floats factor, Floats o, Floats lse, Floats d_o,
-                    Floats d_lse, Results dq, Results dk, Results dv, Results d_factor, Results memory, float scale) {
+ffi::Error backward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Indices index, Bits seen, Bits valid, Floats factor, Floats o, Floats d_o, Floats d_lse,
+                    Results dq, Results dk, Results dv, Results d_factor, Results memory, float scale) {
   const Lists s = lists_of(q, k, index, seen, valid);
   const int64_t G = s.N / s.K;
   over_heads<BackwardPieces>(pool, s, k, v, memory, [&](int64_t b, int64_t head, const BackwardPieces& x, Listed list) {
@@ -181,8 +188,8 @@ ffi::Error backward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Indices 
         }
         score(q_t, x.k, s.H, list, list.p);
         score(do_t, x.v, s.H, list, list.dp);
-        const float delta = dot(do_t, o.typed_data() + row * s.H, s.H) - d_lse.typed_data()[row], lse_t = LOG2E * lse.typed_data()[row];
-        for (int i = 0; i < list.n; i += LANES) store(list.p + i, exp2(scale * LOG2E * load(list.p + i) - lse_t));
+        const float delta = dot(do_t, o.typed_data() + row * s.H, s.H) - d_lse.typed_data()[row];
+        weigh(list, scale);  // anew, and not from the logsumexp: differences of large scores are exact
         if (factors)
           for (int i = 0; i < list.n; ++i) {
             d_factor->typed_data()[at + list.place[i]] += list.p[i] * list.dp[i];
@@ -322,6 +329,6 @@ extern "C" int64_t attn_zoo_best_keys_floats(int64_t R, int64_t H) { return floa
 XLA_FFI_DEFINE_HANDLER_SYMBOL(attn_zoo_gathered_forward, forward, bind().Ret<Floats>().Ret<Floats>().Ret<Floats>().Attr<float>("scale"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     attn_zoo_gathered_backward, backward,
-    bind().Arg<Floats>().Arg<Floats>().Arg<Floats>().Arg<Floats>().Ret<Floats>().Ret<Floats>().Ret<Floats>().Ret<Floats>().Ret<Floats>().Attr<float>("scale"));
+    bind().Arg<Floats>().Arg<Floats>().Arg<Floats>().Ret<Floats>().Ret<Floats>().Ret<Floats>().Ret<Floats>().Ret<Floats>().Attr<float>("scale"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(attn_zoo_best_keys, best_keys,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Floats>().Arg<Bits>().Ret<ffi::Buffer<ffi::S32>>().Ret<Floats>().Attr<bool>("causal"));

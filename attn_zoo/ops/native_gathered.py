@@ -1,6 +1,7 @@
 """Attention of each query over its own list of keys in C++, for CPUs, and lists of the keys with the largest scores. See ops.gathered, ops.native."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +28,14 @@ def native_gathered(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """As `gathered_attention`: (output in q's dtype, float32 logsumexp). Raises Unsupported, with the reason, for what native.serves refuses.
 
-    Everything is computed in float32. The working memory is two arrays [S, H] for each core that it runs on, four in the backward pass.
+    Everything is computed in float32. The working memory is two arrays [S, H] for each core that it runs on, four in the backward pass: keys and values of a head
+    are copied together first, however few of them are listed. A core takes a key head of a sequence at a time. An index that is no key's is not seen.
     """
     native.check(jnp.result_type(q_BTNH, k_BSKH, v_BSKH))
     (B, T, _, H), K, R = q_BTNH.shape, k_BSKH.shape[2], index_TR.shape[-1]
     index_BKTR, seen_BKTR = (x.reshape((1,) * (4 - x.ndim) + x.shape) for x in (index_TR.astype(jnp.int32), seen_TR))
+    if index_BKTR.shape[:3] not in itertools.product((1, B), (1, K), (T,)):
+        raise ValueError(f"lists of shape {index_TR.shape} must be [T, R] or [B, K, T, R], with B={B} or 1, K={K} or 1 and T={T}")
     factor_BKTR = NOTHING if factor_TR is None else jnp.broadcast_to(factor_TR.astype(jnp.float32), (B, K, T, R))
     lists = index_BKTR, seen_BKTR, ALL_VALID if valid_BS is None else valid_BS
     o_BTNH, lse_BTN = _attend(H**-0.5 if scale is None else scale, *(whole(x, 3) for x in (q_BTNH, k_BSKH, v_BSKH)), *lists, factor_BKTR)
@@ -67,7 +71,7 @@ def _attend(scale, q, k, v, index, seen, valid, factor):
 
 def _attend_fwd(scale, *inputs):
     o, lse = _attend(scale, *inputs)
-    return (o, lse), (*inputs, o, lse)
+    return (o, lse), (*inputs, o)
 
 
 def _attend_bwd(scale, residuals, cotangents):

@@ -24,7 +24,10 @@ def softmax_mean(
 
 
 def _fading(score_BSN, x_BSNR):
-    """As the decayed sums that there are kernels for: with m_i the largest score up to i, exp(s_j - m_i) = exp(s_j - m_j) exp(m_j - m_i)."""
+    """As the decayed sums that there are kernels for: with m_i the largest score up to i, exp(s_j - m_i) = exp(s_j - m_j) exp(m_j - m_i).
+
+    The kernels sum logarithms of what fades: where scores rise by 1000 within some positions, weights after that are exact to 1e-4 only.
+    """
     top_BSN = lax.cummax(lax.stop_gradient(score_BSN), axis=1)
     before_BSN = jnp.pad(top_BSN[:, :-1], ((0, 0), (1, 0), (0, 0)), constant_values=-jnp.inf)
     log_decay_BSN = jnp.where(before_BSN > -jnp.inf, before_BSN - _finite(top_BSN), 0.0)  # what fades where nothing was seen is nothing

@@ -206,6 +206,8 @@ def _nystrom(landmarks, projections, shape):
     layer = NystromAttention(shape.N * shape.H, shape.H, shape.N, num_landmarks=landmarks, residual=True, residual_conv_kernel=33).to(shape.device, shape.dtype)
     if projections:
         return layer
+    if shape.T % landmarks:
+        raise ValueError(f"it pads its input to a multiple of {landmarks} landmarks, and here that is projected already")
     layer.to_qkv, layer.to_out = _Given(), torch.nn.Identity()
 
     def attend(q, k, v):

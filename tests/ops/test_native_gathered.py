@@ -10,6 +10,7 @@ from flax import nnx
 from test_pallas_linear import assert_close, inputs, layer, results
 from tiny import ON_CPU
 
+from attn_zoo.attention.topk import best_keys
 from attn_zoo.ops import native
 from attn_zoo.ops.backends import choose_lists
 from attn_zoo.ops.gathered import gathered_attention
@@ -94,31 +95,62 @@ def test_what_is_no_number_reaches_those_that_list_it_alone(which):
     assert 0 < reached.sum() < 30 and (np.isnan(o).all(axis=(0, 2, 3)) == reached).all() and (np.isfinite(o).all(axis=(0, 2, 3)) == ~reached).all()
 
 
-def test_what_is_no_number_is_a_largest_score():
+@pytest.mark.parametrize("choose", [native_best_keys, best_keys])
+def test_what_is_no_number_is_a_largest_score(choose):
     q, k, _ = arrays(20, 200, 1, 1, 16)
     for place in (3, 130):
-        index, seen = native_best_keys(q, k.at[:, place].set(jnp.nan), None, 5, False)
+        index, seen = choose(q, k.at[:, place].set(jnp.nan), None, 5, False)
         assert (index[..., 0] == place).all() and seen.all()
-    index, seen = native_best_keys(q.at[:, 3].set(jnp.nan), k, None, 5, True)
+    index, seen = choose(q.at[:, 3].set(jnp.nan), k, None, 5, True)
     assert np.asarray(index)[0, 0, 3][np.asarray(seen)[0, 0, 3]].tolist() == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("k", [1, 31, 40, 600])
+@pytest.mark.parametrize("size", [1, 31, 40, 600])
 @pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
-def test_chooses_among_many(k, causal):
-    """Enough keys that lists overflow and are cut again and again; rising scores, of which each is better than all before, and -inf are among them."""
-    T, S = 70, 700
-    scores = np.random.default_rng(0).permutation(4 * S)[: 4 * S].reshape(4, S).astype(np.float32)
-    scores[1].sort()
-    scores[2, ::3] = -np.inf
-    scores[3] = 0
-    # Query t takes the scores of row t % 4.
-    q, keys = np.eye(4, dtype=np.float32)[np.arange(T) % 4][None, :, None], np.where(np.isinf(scores), -1e30, scores).T[None, :, None]
-    index, seen = map(np.asarray, native_best_keys(jnp.asarray(q), jnp.asarray(keys), None, k, causal))
-    for t in range(T):
-        visible = t + 1 if causal else S
-        expected = np.argsort(-keys[0, :visible, 0, t % 4], kind="stable")[:k]
-        assert index[0, 0, t][seen[0, 0, t]].tolist() == expected.tolist() and seen[0, 0, t].sum() == min(k, visible)
+def test_chooses_among_many(size, causal):
+    """Enough keys that lists overflow and are cut again and again: in no order, rising (each better than all before), some far below, all equal; some not valid."""
+    B, T, N, S = 2, 710, 2, 700
+    rng = np.random.default_rng(0)
+    scores = rng.permutation(B * 4 * S).reshape(B, 4, S).astype(np.float32)
+    scores[:, 1].sort(axis=-1)
+    scores[:, 2, ::3] = -1e30
+    scores[:, 3] = 0
+    valid = rng.random((B, S)) < 0.8
+    # Head n's query t takes row (t + n) % 4 of scores.
+    row = (np.arange(T)[:, None] + np.arange(N)) % 4
+    q = jnp.asarray(np.eye(4, dtype=np.float32)[row][None].repeat(B, axis=0))
+    index, seen = map(np.asarray, native_best_keys(q, jnp.asarray(scores.swapaxes(1, 2)[:, :, None]), jnp.asarray(valid), size, causal))
+    for b, n, t in np.ndindex(B, N, T):
+        visible = np.flatnonzero(valid[b, : t + 1 if causal else S])
+        expected = visible[np.argsort(-scores[b, row[t, n], visible], kind="stable")][:size]
+        assert index[b, n, t][seen[b, n, t]].tolist() == expected.tolist()
+
+
+def test_infinitely_bad_scores_are_not_chosen():
+    k = jnp.zeros((1, 100, 1, 1)).at[0, ::2].set(-jnp.inf)
+    index, seen = native_best_keys(jnp.ones((1, 3, 1, 1)), k, None, 80, False)
+    assert seen.sum() == 3 * 50 and (index[seen] % 2 == 1).all()
+
+
+def test_large_scores():
+    """Differences between scores of 1e5 are what counts, and gradients know them too."""
+    q, k, v = arrays(33, 90, 2, 2, 16)
+    index, seen, _ = lists(33, 90, 2, 20, 0)
+    args = q, 1e5 + k, v
+    actual, expected = both(lambda q, k, v, backend: attend(q, k, v, None, index, seen, scale=-1.0, backend=backend), args)
+    with jax.enable_x64(True):
+        exact = jax.tree.map(np.asarray, results(lambda *args: attend(*args, None, index, seen, scale=-1.0, backend="xla"), [np.asarray(x, np.float64) for x in args]))
+    for a, x, e in zip(*map(jax.tree.leaves, (actual, expected, exact))):
+        assert np.isfinite(a).all() and abs(a - e).max() < 2 * abs(x - e).max() + 1e-5
+
+
+def test_lists_of_other_shapes():
+    index, seen, _ = lists(30, 40, 2, 11, 1)
+    args = arrays(30, 40, 4, 2, 16)
+    for i, s in ((index[:1], seen[:1]), (index[:, :1], seen[:, :1]), (index[:1, :1], seen[:1, :1])):
+        assert_close(*(attend(*args, None, i, s, backend=backend) for backend in ("native", "xla")), 3e-6)
+    with pytest.raises(ValueError, match="must be .T, R. or .B, K, T, R., with B=2 or 1, K=2 or 1 and T=30"):
+        gathered_attention(*args, index[:, [0, 1, 0]], seen[:, [0, 1, 0]], backend="native")
 
 
 def test_working_memory_is_linear():
