@@ -27,8 +27,12 @@ from attn_zoo.attention.base import Attention, Paper, Statistic, Variant, repeat
 from attn_zoo.attention.pattern import pair_flops
 from attn_zoo.ops import backends
 from attn_zoo.ops.blocked import rows_per_step
+from attn_zoo.ops.native import core_count
 from attn_zoo.ops.tiled import tiled_attention
 from attn_zoo.spec import check, check_int, check_number
+
+
+ADDED_BYTES = 2**16  # of what hides pairs, for each core, in the clusters that the native kernels attend to at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +105,8 @@ def routed_attention(q_BTNH, k_BTNH, v_BTNH, taken_q, taken_k, causal: bool, bac
 
     (q_index, q_member), (k_index, k_member) = taken_q, taken_k
     about = tuple(x.reshape(B * N * C, W) for x in (q_index, k_index, k_member))
-    o, _ = tiled_attention(gather(q_BTNH, q_index)[:, None], gather(k_BTNH, k_index), gather(v_BTNH, k_index), pairs, about, backend=backend)
+    tiles = gather(q_BTNH, q_index)[:, None], gather(k_BTNH, k_index), gather(v_BTNH, k_index)
+    o, _ = tiled_attention(*tiles, pairs, about, backend=backend, added_bytes=ADDED_BYTES * core_count())
     total = jax.vmap(jax.vmap(lambda x, index: jax.ops.segment_sum(x, index, num_segments=T)))
     flat = lambda x: x.reshape(B, N, C * W, -1)
     weight = flat(q_member).astype(o.dtype)
