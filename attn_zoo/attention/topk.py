@@ -6,7 +6,6 @@ what is saved is memory, and that gradients reach the chosen keys alone. Ties ar
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 

@@ -16,7 +16,7 @@ from test_pallas import CASES, SERVED, layer, loss_of, named
 from tiny import ON_CPU
 
 from attn_zoo import make_attention
-from attn_zoo.ops import backends, native
+from attn_zoo.ops import native
 from attn_zoo.ops.backends import choose
 from attn_zoo.ops.blocked import NEG, ScoreMod, blocked_attention
 from attn_zoo.ops.native_attention import native_attention
