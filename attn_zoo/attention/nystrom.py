@@ -22,10 +22,9 @@ from jax import lax
 from attn_zoo.attention.base import Attention, Paper, Variant, repeat_kv, softmax_reference
 from attn_zoo.attention.pattern import pair_flops
 from attn_zoo.ops import backends
+from attn_zoo.ops.convolution import convolve
 from attn_zoo.ops.patterns import FULL
 from attn_zoo.spec import Unsupported, check, check_int
-
-CHUNK = 64  # positions that the convolution of values takes at once, at least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +49,14 @@ def segment_means(x_BTNH, valid_BT, R: int):
     """Means over the valid positions of segment r, those t with floor(t R / T) = r: ([B, R, N, H], [B, R] whether there is any)."""
     B, T = x_BTNH.shape[:2]
     R = min(R, T)
-    bounds = -(-np.arange(R + 1) * T // R)  # the first t with t R >= r T
-    index_RL = bounds[:-1, None] + np.arange(np.diff(bounds).max())
-    # Beyond its segment a row points past the end, each entry elsewhere, so that it reads zero and the gradient writes no position twice.
-    index_RL = np.where(index_RL < bounds[1:, None], index_RL, T + np.arange(index_RL.size).reshape(index_RL.shape))
-    take = lambda x: x.at[:, index_RL].get(mode="fill", fill_value=0, unique_indices=True)
+    if T % R == 0:  # the same, without an index
+        take = lambda x: x.reshape(B, R, T // R, *x.shape[2:])
+    else:
+        bounds = -(-np.arange(R + 1) * T // R)  # the first t with t R >= r T
+        index_RL = bounds[:-1, None] + np.arange(np.diff(bounds).max())
+        # Beyond its segment a row points past the end, each entry elsewhere, so that it reads zero and the gradient writes no position twice.
+        index_RL = np.where(index_RL < bounds[1:, None], index_RL, T + np.arange(index_RL.size).reshape(index_RL.shape))
+        take = lambda x: x.at[:, index_RL].get(mode="fill", fill_value=0, unique_indices=True)
     valid_BRL = take(jnp.ones((B, T), bool) if valid_BT is None else valid_BT)
     count_BR = valid_BRL.sum(axis=2)
     total_BRNH = jnp.where(valid_BRL[..., None, None], take(x_BTNH), 0).sum(axis=2)
@@ -119,21 +121,6 @@ def nystrom_reference(q_BTNH, k_BSKH, v_BSKH, valid_BT, valid_BS, options: Optio
     return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BSNH, precision="highest")
 
 
-def convolve(v_BSNH, taps_NW):
-    """One centred filter a head along the sequence, zeros beyond its ends.
-
-    Chunks of positions times the filter's band matrix: on a CPU five times faster, with gradients, than XLA's grouped convolution.
-    """
-    (B, S, N, H), W = v_BSNH.shape, taps_NW.shape[1]
-    c = max(CHUNK, W - 1)
-    chunks = -(-S // c)
-    padded = jnp.pad(v_BSNH, ((0, 0), (W // 2, (chunks + 1) * c - S - W // 2), (0, 0), (0, 0))).reshape(B, chunks + 1, c, N, H)
-    wide_BCJNH = jnp.concatenate([padded[:, :-1], padded[:, 1:, : W - 1]], axis=2)
-    tap_IJ = np.arange(c + W - 1) - np.arange(c)[:, None]
-    band_NIJ = jnp.where((tap_IJ >= 0) & (tap_IJ < W), taps_NW[:, np.clip(tap_IJ, 0, W - 1)], 0.0)
-    return jnp.einsum("NIJ,BCJNH->BCINH", band_NIJ, wide_BCJNH, precision="highest").reshape(B, chunks * c, N, H)[:, :S]
-
-
 class Nystrom(Attention):
     """Nyström approximation, plus the convolution of values where asked for."""
 
@@ -154,7 +141,8 @@ class Nystrom(Attention):
         if self.options.residual_kernel is None:
             return o_BTNH
         self._check_residual(q_BTNH, v_BSKH)
-        return o_BTNH + convolve(repeat_kv(v_BSKH, self.dims.num_heads).astype(jnp.float32), self.taps[...])
+        backend = "native" if self.backend(valid_BS is not None) == "native" else "xla"
+        return o_BTNH + convolve(v_BSKH, self.taps[...], backend=backend)
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key, valid_BT=None):
         if max(q_BTNH.shape[1], k_BSKH.shape[1]) <= self.options.landmarks:

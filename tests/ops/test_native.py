@@ -245,6 +245,7 @@ import jax, jax.numpy as jnp, numpy as np
 from attn_zoo.attention.topk import best_keys
 from attn_zoo.ops.additive import additive_attention
 from attn_zoo.ops.backends import attention_and_logsumexp, choose
+from attn_zoo.ops.convolution import convolve
 from attn_zoo.ops.decayed import decayed_sums
 from attn_zoo.ops.delta import delta_rule
 from attn_zoo.ops.gathered import gathered_attention
@@ -264,6 +265,7 @@ if not isinstance(found, str):
         (decayed_sums, (*arrays(133, 133, 133), decay)),
         (lambda q, k, v, f, backend: gathered_attention(q, k, v, index, index % 5 > 0, factor_TR=f, backend=backend), (*arrays(133, 75, 75), factor)),
         (lambda q, k, v, w, backend: (additive_attention(q, k, w, v, causal=True, backend=backend),), (*arrays(133, 75, 75), weight)),
+        (lambda v, taps, backend: (convolve(v, taps, backend=backend),), (arrays(133)[0], jnp.asarray(rng.normal(size=(4, 33)), jnp.float32))),
         (lambda q, k, v, decay, backend: (delta_rule(q, k / 8, v, jnp.exp(decay), backend=backend),), (*arrays(133, 133, 133), decay)),
     ):
         def run(backend):

@@ -1,0 +1,117 @@
+// One filter a head along the sequence, forward and backward, for CPUs. See ops/convolution.py, native_convolution.py.
+//
+// ROWS neighbouring results are one product: of a band matrix, whose rows are the taps, each a place further on, with the rows of the input they reach.
+
+#include "native.h"
+
+namespace {
+
+constexpr int TOGETHER = 4;  // taps whose gradients are summed at once
+
+struct Shape {
+  int64_t B, S, K, N;
+  int H, W;
+  int64_t tasks() const { return B * K; }
+};
+
+struct Pieces {
+  Room room;
+  int64_t W, H;
+  // The taps between zeros, and the input from W / 2 positions before a chunk to as many after it, zero beyond the ends of the sequence.
+  float *taps = room.take(W + 2 * ROWS), *window = room.take((BLOCK + W + TOGETHER) * H), *d_taps = room.take((W + TOGETHER) * LANES);
+};
+
+// The taps of head n, in this order or the other.
+void place_taps(const Shape& s, const float* taps, bool reversed, float* to) {
+  std::fill(to, to + s.W + 2 * ROWS, 0.0f);
+  for (int w = 0; w < s.W; ++w) to[ROWS + w] = taps[reversed ? s.W - 1 - w : w];
+}
+
+// Of head n of x [B, S, heads, H], what the chunk at `first` reaches.
+void place_window(const Shape& s, const float* x, int64_t heads, int64_t b, int64_t n, int64_t first, float* to) {
+  const int64_t begin = first - s.W / 2, end = begin + BLOCK + s.W + TOGETHER;
+  const int64_t from = std::clamp<int64_t>(begin, 0, s.S), until = std::clamp<int64_t>(end, 0, s.S);
+  std::fill(to, to + (from - begin) * s.H, 0.0f);
+  copy_rows(x + ((b * s.S + from) * heads + n) * s.H, heads * s.H, to + (from - begin) * s.H, s.H, until - from, s.H);
+  std::fill(to + (until - begin) * s.H, to + (end - begin) * s.H, 0.0f);
+}
+
+// to[i] (+)= sum over w of taps[w] window[i + w], of `rows` rows.
+void filter(const Shape& s, const Pieces& x, int rows, float* to, int64_t to_row, bool add) {
+  for (int i = 0; i < rows; i += ROWS)
+    product(std::min(ROWS, rows - i), s.H, s.W + ROWS - 1, {x.taps + ROWS, -1, 1}, x.window + i * s.H, s.H, to + i * to_row, to_row, add);
+}
+
+template <class Body>
+void over_chunks(ffi::ThreadPool& pool, const Shape& s, Results& memory, Body body) {
+  parallel(pool, s.tasks(), memory->dimensions()[0], [&](int64_t task, int64_t worker) {
+    const Pieces x{{memory->typed_data() + worker * memory->dimensions()[1]}, s.W, s.H};
+    body(x, task / s.K, task % s.K);
+  });
+}
+
+Shape shape_of(const Floats& v, const Floats& taps) {
+  const auto of_v = v.dimensions(), of_taps = taps.dimensions();
+  return {of_v[0], of_v[1], of_v[2], of_taps[0], int(of_v[3]), int(of_taps[1])};
+}
+
+ffi::Error forward(ffi::ThreadPool pool, Floats v, Floats taps, Results o, Results memory) {
+  const Shape s = shape_of(v, taps);
+  over_chunks(pool, s, memory, [&](const Pieces& x, int64_t b, int64_t head) {
+    for (int64_t n = head * (s.N / s.K); n < (head + 1) * (s.N / s.K); ++n) {
+      place_taps(s, taps.typed_data() + n * s.W, false, x.taps);
+      forwards(0, s.S, [&](Chunk c) {
+        place_window(s, v.typed_data(), s.K, b, head, c.at, x.window);
+        filter(s, x, c.rows, o->typed_data() + ((b * s.S + c.at) * s.N + n) * s.H, s.N * s.H, false);
+      });
+    }
+  });
+  return ffi::Error::Success();
+}
+
+// d_taps[w] += sum over positions and channels of d_o[i] window[i + w], lane by lane.
+void filter_gradient(const Shape& s, const Pieces& x, int rows, const float* d_o, int64_t row) {
+  for (int w = 0; w < s.W; w += TOGETHER) {
+    Vector sum[TOGETHER];
+#pragma GCC unroll 4
+    for (int u = 0; u < TOGETHER; ++u) sum[u] = load(x.d_taps + (w + u) * LANES);
+    for (int i = 0; i < rows; ++i)
+      for (int h = 0; h < s.H; h += LANES) {
+        const Vector d = load(d_o + i * row + h);
+#pragma GCC unroll 4
+        for (int u = 0; u < TOGETHER; ++u) sum[u] += d * load(x.window + (i + w + u) * s.H + h);
+      }
+#pragma GCC unroll 4
+    for (int u = 0; u < TOGETHER; ++u) store(x.d_taps + (w + u) * LANES, sum[u]);
+  }
+}
+
+// d_taps [B, N, W].
+ffi::Error backward(ffi::ThreadPool pool, Floats v, Floats taps, Floats d_o, Results dv, Results d_taps, Results memory) {
+  const Shape s = shape_of(v, taps);
+  over_chunks(pool, s, memory, [&](const Pieces& x, int64_t b, int64_t head) {
+    const int64_t first_head = head * (s.N / s.K);
+    for (int64_t n = first_head; n < first_head + s.N / s.K; ++n) {
+      place_taps(s, taps.typed_data() + n * s.W, true, x.taps);
+      std::fill(x.d_taps, x.d_taps + (s.W + TOGETHER) * LANES, 0.0f);
+      forwards(0, s.S, [&](Chunk c) {
+        place_window(s, d_o.typed_data(), s.N, b, n, c.at, x.window);
+        filter(s, x, c.rows, dv->typed_data() + ((b * s.S + c.at) * s.K + head) * s.H, s.K * s.H, n > first_head);
+        place_window(s, v.typed_data(), s.K, b, head, c.at, x.window);
+        filter_gradient(s, x, c.rows, d_o.typed_data() + ((b * s.S + c.at) * s.N + n) * s.H, s.N * s.H);
+      });
+      for (int w = 0; w < s.W; ++w) d_taps->typed_data()[(b * s.N + n) * s.W + w] = sum_of_lanes(load(x.d_taps + w * LANES));
+    }
+  });
+  return ffi::Error::Success();
+}
+
+auto bind() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Floats>(); }
+
+}  // namespace
+
+extern "C" int64_t attn_zoo_convolution_forward_floats(int64_t W, int64_t H) { return floats_of<Pieces>(W, H); }
+extern "C" int64_t attn_zoo_convolution_backward_floats(int64_t W, int64_t H) { return floats_of<Pieces>(W, H); }
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(attn_zoo_convolution_forward, forward, bind().Ret<Floats>().Ret<Floats>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(attn_zoo_convolution_backward, backward, bind().Arg<Floats>().Ret<Floats>().Ret<Floats>().Ret<Floats>());
