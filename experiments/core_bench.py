@@ -26,6 +26,7 @@ import jax
 from absl import app, flags
 from bench import candidates, report
 from bench.candidates import Problem, TorchProcess
+from bench.memory import keep_freed_memory
 from bench.rounds import MODES, measure
 from bench.single_pattern import single_pattern
 
@@ -105,7 +106,7 @@ def run(out: Path) -> None:
         for T in lengths:
             check_int("--seq_lens", T, 2)
         problem = lambda T: Problem(max(1, TOKENS.value // T) if TOKENS.value else BATCH.value, T, HEADS.value, HEAD_DIM.value, DTYPE.value)
-        settings = {f.name: f.value for f in (BATCH, HEADS, HEAD_DIM, DTYPE, CAUSAL, ROUNDS, TOKENS, JOBS)}
+        settings = {f.name: f.value for f in (BATCH, HEADS, HEAD_DIM, DTYPE, CAUSAL, ROUNDS, TOKENS, JOBS)} | {"memory_kept": jax.default_backend() == "cpu" and keep_freed_memory()}
         until = time.monotonic() + 60 * (math.inf if MINUTES.value is None else MINUTES.value)
         torch = None
         if PEERS.value == "all":

@@ -30,6 +30,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, it is no part of a package
 from bench.candidates import said
+from bench.memory import keep_freed_memory
 from bench.single_pattern import single_pattern
 
 from attn_zoo import make_attention
@@ -281,6 +282,8 @@ class Worker:
     def list(self, **settings) -> list[dict]:
         """Every peer, and why it cannot run if it cannot."""
         self.settings = settings
+        if settings.get("memory_kept"):
+            keep_freed_memory()
         self.peers = {peer.name: peer for peer in peers(settings)}
         platform = settings.get("platform", "cpu")
         return [{"name": p.name, "spec": p.spec, "causal": p.causal, "layer": p.layer, "reason": p.reason(platform)} for p in self.peers.values()]

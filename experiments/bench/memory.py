@@ -1,0 +1,15 @@
+"""Where the memory of a call comes from, on a CPU."""
+
+import ctypes
+
+ARENA_MAX, MMAP_MAX, TRIM_THRESHOLD = -8, -4, -1  # of glibc's mallopt(3)
+
+
+def keep_freed_memory() -> bool:
+    """Has the C library keep what is freed for the next call; False where it is not glibc, which cannot be told so.
+
+    Otherwise each call gets large arrays as fresh pages, which the system fills with zeros: up to half of a call's time, by an amount that depends on which
+    sizes the process has freed before, and so on what else is timed.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and all(mallopt(*option) for option in ((ARENA_MAX, 1), (MMAP_MAX, 0), (TRIM_THRESHOLD, -1)))
