@@ -48,6 +48,7 @@ MINUTES = flags.DEFINE_float("minutes", None, "Start no further length after so 
 PEERS = flags.DEFINE_enum("peers", "jax", ["none", "jax", "all"], "Whose attention to set beside it: JAX's (and tokamax, where installed), or that and PyTorch's and its packages.")
 PEERS_PYTHON = flags.DEFINE_string("peers_python", sys.executable, "The Python that has PyTorch, the packages and attn_zoo.")
 BACKENDS = flags.DEFINE_list("backends", ["auto"], "attention.backend of the variants, a row each: auto, xla, pallas, cudnn, ...")
+KEEP_MEMORY = flags.DEFINE_bool("keep_memory", True, "On a CPU, keep the memory that a call frees for the next one, on either side; else as the C library does by default.")
 OUT = flags.DEFINE_string("out", "results/core_bench", "Folder for records, table.md and figures.")
 REPORT_ONLY = flags.DEFINE_bool("report_only", False, "Write tables and figures again from the records.")
 
@@ -106,7 +107,7 @@ def run(out: Path) -> None:
         for T in lengths:
             check_int("--seq_lens", T, 2)
         problem = lambda T: Problem(max(1, TOKENS.value // T) if TOKENS.value else BATCH.value, T, HEADS.value, HEAD_DIM.value, DTYPE.value)
-        settings = {f.name: f.value for f in (BATCH, HEADS, HEAD_DIM, DTYPE, CAUSAL, ROUNDS, TOKENS, JOBS)} | {"memory_kept": jax.default_backend() == "cpu" and keep_freed_memory()}
+        settings = {f.name: f.value for f in (BATCH, HEADS, HEAD_DIM, DTYPE, CAUSAL, ROUNDS, TOKENS, JOBS)} | {"memory_kept": KEEP_MEMORY.value and jax.default_backend() == "cpu" and keep_freed_memory()}
         until = time.monotonic() + 60 * (math.inf if MINUTES.value is None else MINUTES.value)
         torch = None
         if PEERS.value == "all":

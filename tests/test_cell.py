@@ -182,6 +182,14 @@ def test_unsupported(tmp_path):
     assert "metrics" not in record and record["config"]["variant"][0]["rank"] == 4
 
 
+def test_a_forced_backend_is_what_ran_and_one_that_cannot_serve_is_an_error(tmp_path):
+    forced = lambda backend: run(dataclasses.replace(make_cell(steps=1), attention=config.Attention(backend=backend)), tmp_path / backend)
+    record = forced("xla")
+    assert (record["status"], record["attention"]["backend"]) == ("ok", "xla")
+    record = forced("splash")
+    assert record["status"] == "error" and "attention.backend='splash' cannot serve here: its kernels are for TPUs" in record["message"]
+
+
 def test_nan(tmp_path):
     record = run(make_cell(lr=1e30), tmp_path)
     assert record["status"] == "nan" and re.fullmatch(r"training loss is nan at step \d", record["message"])

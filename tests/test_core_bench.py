@@ -49,7 +49,7 @@ def test_where_a_variant_becomes_faster_is_predicted_from_three_lengths_on():
 
 
 def test_memory_that_was_freed_is_not_asked_for_again():
-    """Beside a process that is not told to: 32 MiB are 8192 pages of 4 KiB, or few of what the system may take in their place."""
+    """Beside a process that is not told to: 32 MiB are 8192 pages of 4 KiB, or 16 of 2 MiB."""
     script = """
 import resource, sys
 import numpy as np
@@ -63,9 +63,9 @@ print(int(kept), faults)
 """
     process = lambda how: subprocess.run([sys.executable, "-c", script, how], capture_output=True, text=True, check=True, cwd=ROOT / "experiments", env=ENV)
     (_, fresh), (kept, faults) = (map(int, process(how).stdout.split()) for how in ("leave", "keep"))
-    assert faults <= fresh
-    if kept:
-        assert faults < 8
+    if not kept:
+        pytest.skip("the C library is not glibc")
+    assert faults < 8 and fresh > 8
 
 
 @pytest.fixture(scope="module")

@@ -58,13 +58,13 @@ Shape shape_of(const Floats& v, const Floats& taps) {
 ffi::Error forward(ffi::ThreadPool pool, Floats v, Floats taps, Results o, Results memory) {
   const Shape s = shape_of(v, taps);
   over_chunks(pool, s, memory, [&](const Pieces& x, int64_t b, int64_t head) {
-    for (int64_t n = head * (s.N / s.K); n < (head + 1) * (s.N / s.K); ++n) {
-      place_taps(s, taps.typed_data() + n * s.W, false, x.taps);
-      forwards(0, s.S, [&](Chunk c) {
-        place_window(s, v.typed_data(), s.K, b, head, c.at, x.window);
+    forwards(0, s.S, [&](Chunk c) {
+      place_window(s, v.typed_data(), s.K, b, head, c.at, x.window);
+      for (int64_t n = head * (s.N / s.K); n < (head + 1) * (s.N / s.K); ++n) {
+        place_taps(s, taps.typed_data() + n * s.W, false, x.taps);
         filter(s, x, c.rows, o->typed_data() + ((b * s.S + c.at) * s.N + n) * s.H, s.N * s.H, false);
-      });
-    }
+      }
+    });
   });
   return ffi::Error::Success();
 }

@@ -282,8 +282,8 @@ class Worker:
     def list(self, **settings) -> list[dict]:
         """Every peer, and why it cannot run if it cannot."""
         self.settings = settings
-        if settings.get("memory_kept"):
-            keep_freed_memory()
+        if settings.get("memory_kept") and not keep_freed_memory():
+            raise RuntimeError("the process of JAX keeps freed memory, and this one cannot; use --nokeep_memory")
         self.peers = {peer.name: peer for peer in peers(settings)}
         platform = settings.get("platform", "cpu")
         return [{"name": p.name, "spec": p.spec, "causal": p.causal, "layer": p.layer, "reason": p.reason(platform)} for p in self.peers.values()]
