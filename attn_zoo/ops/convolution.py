@@ -11,9 +11,8 @@ CHUNK = 64  # positions that XLA takes at once, at least
 
 def convolve(v_BSKH: Float[Array, "B S K H"], taps_NW: Float[Array, "N W"], *, backend: str = "xla") -> Float[Array, "B S N H"]:
     """sum over w of taps_nw v[s + w - W // 2], zeros beyond the ends, in float32 at least. W is odd; N heads share K heads of values.
-    A value that is no number may reach more positions than the filter does.
 
-    `backend` is "xla" or "native". In XLA, chunks of positions times the filter's band matrix: on a CPU five times faster, with gradients, than its
+    A value that is no number may reach more positions than the filter does. `backend` is "xla" or "native". In XLA, chunks of positions times the filter's band matrix: on a CPU five times faster, with gradients, than its
     grouped convolution.
     """
     (B, S, K, H), (N, W) = v_BSKH.shape, taps_NW.shape

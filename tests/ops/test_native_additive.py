@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from test_pallas_linear import assert_close, inputs, layer, results
+from test_pallas_linear import assert_close, both_forms, inputs, layer, results
 from tiny import ON_CPU
 
 from attn_zoo.ops import native
@@ -117,16 +116,7 @@ def test_the_variant_equals_its_reference_on_either(causal):
     valid = jnp.arange(90)[None] < jnp.array([[90], [61]])
     for backend, ran in (("auto", "native"), ("native", "native"), ("xla", "xla")):
         attention = layer("additive", causal, backend=backend)
-        graph, params, rest = nnx.split(attention, nnx.Param, ...)
-
-        def run(reference):
-            def f(q, k, v, params):
-                attention = nnx.merge(graph, params, rest)
-                return (attention.reference if reference else attention)(q, k, v, valid_BS=valid)
-
-            return results(f, (q, k, v, params))
-
-        assert_close(run(False), run(True), 1e-5)
+        assert_close(*both_forms(attention, q, k, v, valid), 1e-5)
         assert attention.plan(90, 90, True)["backend"] == attention.backend() == ran
         assert ("ffi_call" in str(jax.make_jaxpr(attention)(q, k, v))) == (ran == "native")
 

@@ -166,13 +166,9 @@ def layer(spec, causal=True, *, H=16, dtype=jnp.float32, backend="pallas", max_l
     return make_attention(spec, num_heads=4, num_kv_heads=2, head_dim=H, max_len=max_len, causal=causal, dtype=dtype, backend=backend, rngs=nnx.Rngs(1))
 
 
-@pytest.mark.parametrize("name, causal", [("linear", True), ("rfa-gate", True), ("retention", False), ("delta", True)])
-def test_variants_equal_their_reference(name, causal, interpreted):
-    """Outputs and gradients, those of the parameters too, with ragged validity: one of each scan, and one that scans both ways."""
-    attention = layer(VARIANTS[name], causal)
+def both_forms(attention, q, k, v, valid):
+    """What the layer and its reference give: outputs and gradients, those of the parameters too."""
     graph, params, rest = nnx.split(attention, nnx.Param, ...)
-    q, k, v, _ = inputs(90, R=16, H=16)
-    valid = jnp.arange(90)[None] < jnp.array([[90], [61]])
 
     def run(reference):
         def f(q, k, v, params):
@@ -181,7 +177,15 @@ def test_variants_equal_their_reference(name, causal, interpreted):
 
         return results(f, (q, k, v, params))
 
-    assert_close(run(False), run(True), 2e-5)
+    return run(False), run(True)
+
+
+@pytest.mark.parametrize("name, causal", [("linear", True), ("rfa-gate", True), ("retention", False), ("delta", True)])
+def test_variants_equal_their_reference(name, causal, interpreted):
+    """Outputs and gradients, those of the parameters too, with ragged validity: one of each scan, and one that scans both ways."""
+    q, k, v, _ = inputs(90, R=16, H=16)
+    valid = jnp.arange(90)[None] < jnp.array([[90], [61]])
+    assert_close(*both_forms(layer(VARIANTS[name], causal), q, k, v, valid), 2e-5)
 
 
 def ran_on_the_kernels(attention, dtype, masked=False) -> bool:
