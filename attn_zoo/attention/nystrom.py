@@ -87,7 +87,7 @@ def pseudo_inverse(A, iterations: int):
         AZ = product(A, Z)
         return product(Z, 13 * I - product(AZ, 15 * I - product(AZ, 7 * I - AZ))) / 4
 
-    return lax.fori_loop(0, iterations, step, Z)
+    return lax.fori_loop(0, iterations, step, Z, unroll=True)
 
 
 def nystrom_attention(q_BTNH, k_BSKH, v_BSKH, valid_BT, valid_BS, options: Options, part=backends.attention_and_logsumexp):

@@ -12,6 +12,7 @@ namespace {
 struct Blocks {
   const int32_t *full_start, *full_block, *part_start, *part_block, *part_tile;
   const uint8_t* bits;
+  int64_t count(int64_t c) const { return full_start[c + 1] - full_start[c] + part_start[c + 1] - part_start[c]; }  // of query block c
 };
 
 struct Shape {
@@ -21,6 +22,9 @@ struct Shape {
   int64_t splits;  // of the query blocks of a (sequence, key head)
   int64_t query_row() const { return N * H; }
   int64_t key_row() const { return K * H; }
+  int64_t first(int64_t b, int64_t head) const { return (b * S * K + head) * H; }  // of keys, values and their gradients
+  int64_t blocks() const { return (T + BLOCK - 1) / BLOCK; }
+  bool alone() const { return N == K && splits == blocks(); }  // each task has one block of queries
 };
 
 Shape shape_of(const Floats& q, const Floats& k, float scale, int64_t splits) {
@@ -68,19 +72,36 @@ void add_turned(const float* added, int64_t row, int rows, int keys, float* scor
     }
 }
 
-// The working memory of one worker: keys and values of one head, gathered, and room for what else a pass needs.
-struct Scratch {
-  float *k, *v, *rest;
-};
-
-void gather(const Shape& s, const Floats& k, const Floats& v, int64_t b, int64_t head, const Scratch& x) {
-  const int64_t at = (b * s.S * s.K + head) * s.H;
-  copy_rows(k.typed_data() + at, s.key_row(), x.k, s.H, s.S, s.H);
-  copy_rows(v.typed_data() + at, s.key_row(), x.v, s.H, s.S, s.H);
+// Keys or values of a head: a copy with its rows side by side, for the blocks of queries that come back to it; a lone block, which comes once, has them
+// where they stand.
+Rows gathered(const Shape& s, const Floats& from, int64_t b, int64_t head, Room& room) {
+  const Rows there{from.typed_data() + s.first(b, head), s.key_row()};
+  if (s.alone()) return there;
+  float* copy = room.take(s.S * s.H);
+  copy_rows(there.x, there.row, copy, s.H, s.S, s.H);
+  return {copy, s.H};
 }
 
-// Floats of it: a forward pass has q_t, o_t, scores, maxima and sums besides; a backward pass dk, dv, q_t, do_t, dq_t, q, do, weights, their
-// gradients, and three numbers a query.
+// Their gradient: the sum of what each block of queries adds, side by side too, for `spread` to put where it belongs; a lone block writes it there, and what
+// it leaves out is zero.
+struct Gradient {
+  float* x;
+  int64_t row;
+};
+
+Gradient gradient(const Shape& s, Results& to, int64_t b, int64_t head, bool left_out, Room& room) {
+  const Gradient sum = s.alone() ? Gradient{to->typed_data() + s.first(b, head), s.key_row()} : Gradient{room.take(s.S * s.H), s.H};
+  if (left_out || !s.alone())
+    for (int64_t j = 0; j < s.S; ++j) std::fill_n(sum.x + j * sum.row, s.H, 0.0f);
+  return sum;
+}
+
+void spread(const Shape& s, Gradient sum, Results& to, int64_t b, int64_t head) {
+  if (!s.alone()) copy_rows(sum.x, sum.row, to->typed_data() + s.first(b, head), s.key_row(), s.S, s.H);
+}
+
+// Floats of working memory: k, v, and in a forward pass q_t, o_t, scores, maxima and sums; in a backward pass dk, dv, q_t, do_t, dq_t, q, do, weights,
+// their gradients, and three numbers a query.
 int64_t forward_floats(int64_t S, int64_t H) { return 2 * S * H + (2 * H + BLOCK + 2) * BLOCK; }
 int64_t backward_floats(int64_t S, int64_t H) { return 4 * S * H + (5 * H + 2 * BLOCK + 3) * BLOCK; }
 
@@ -109,20 +130,27 @@ void finish(const Shape& s, Queries rows, ffi::Buffer<ffi::PRED>& valid, Floats&
   if (bits || valid_j) hide(scores, keys, bits, valid_j);
 }
 
-// Runs body(queries, key head) for the query blocks of each task, which is a (sequence, key head, split), after start(task) and before end(task).
-template <class Start, class Body, class End>
-void over_tasks(ffi::ThreadPool& pool, const Shape& s, Results& memory, Start start, Body body, End end) {
-  const int64_t workers = memory->dimensions()[0], size = memory->dimensions()[1], blocks = (s.T + BLOCK - 1) / BLOCK;
-  parallel(pool, s.B * s.K * s.splits, workers, [&](int64_t task, int64_t worker) {
-    const int64_t split = task % s.splits, head = task / s.splits % s.K, b = task / s.splits / s.K;
-    float* room = memory->typed_data() + worker * size;
-    const Scratch scratch{room, room + s.S * s.H, room + 2 * s.S * s.H};
-    start(scratch, b, head, split);
-    for (int64_t g = 0; g < s.N / s.K; ++g)
-      for (int64_t c = blocks * split / s.splits; c < blocks * (split + 1) / s.splits; ++c)
-        body(scratch, c, Queries{b, head * (s.N / s.K) + g, c * BLOCK, int(std::min<int64_t>(BLOCK, s.T - c * BLOCK))}, split);
-    end(scratch, b, head, split);
+// Runs task(b, key head, split, room) for each part of the query blocks of a (sequence, key head).
+template <class Task>
+void over_tasks(ffi::ThreadPool& pool, const Shape& s, Results& memory, Task task) {
+  const int64_t workers = memory->dimensions()[0], size = memory->dimensions()[1];
+  parallel(pool, s.B * s.K * s.splits, workers, [&](int64_t n, int64_t worker) {
+    task(n / s.splits / s.K, n / s.splits % s.K, n % s.splits, Room{memory->typed_data() + worker * size});
   });
+}
+
+// Has the cache fetch rows that are read soon: they are far apart in memory, which no hardware foresees.
+void fetch(const float* x, int64_t row, int64_t rows, int H) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int h = 0; h < H; h += 16) __builtin_prefetch(x + i * row + h, 0, 2);
+}
+
+// body(query block, queries) for the query blocks of a task.
+template <class Body>
+void over_queries(const Shape& s, int64_t b, int64_t head, int64_t split, Body body) {
+  for (int64_t g = 0; g < s.N / s.K; ++g)
+    for (int64_t c = s.blocks() * split / s.splits; c < s.blocks() * (split + 1) / s.splits; ++c)
+      body(c, Queries{b, head * (s.N / s.K) + g, c * BLOCK, int(std::min<int64_t>(BLOCK, s.T - c * BLOCK))});
 }
 
 ffi::Error forward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, ffi::Buffer<ffi::PRED> valid, Floats added, Floats by_distance, Indices full_start,
@@ -132,41 +160,45 @@ ffi::Error forward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, ffi::Buff
   const Blocks blocks{full_start.typed_data(), full_block.typed_data(), part_start.typed_data(),
                       part_block.typed_data(), part_tile.typed_data(),  bits.typed_data()};
 
-  const auto start = [&](const Scratch& x, int64_t b, int64_t head, int64_t split) { gather(s, k, v, b, head, x); };
-  const auto block = [&](const Scratch& x, int64_t c, Queries rows, int64_t split) {
-    float *q_t = x.rest, *o_t = q_t + s.H * BLOCK, *p = o_t + s.H * BLOCK, *top = p + BLOCK * BLOCK, *total = top + BLOCK;
-    const int64_t row = (rows.b * s.T + rows.first) * s.N + rows.head;
-    turn(q.typed_data() + row * s.H, s.query_row(), rows.rows, s.H, s.scale * LOG2E, q_t);
-    std::fill(o_t, o_t + s.H * BLOCK, 0.0f);
-    std::fill(top, top + BLOCK, HIDDEN / 2);  // so that hidden pairs get 2^(HIDDEN / 2) = 0 even in a row that sees nothing
-    std::fill(total, total + BLOCK, 0.0f);
-    over_blocks(blocks, c, s.S, [&](int64_t j0, int keys, const uint8_t* bits) {
-      product(keys, BLOCK, s.H, {x.k + j0 * s.H, s.H, 1}, q_t, BLOCK, p, BLOCK, false);
-      finish(s, rows, valid, added, by_distance, j0, keys, bits, p);
-      for (int i = 0; i < BLOCK; i += LANES) {
-        const Vector old = load(top + i);
-        Vector now = old, sum{};
-        for (int j = 0; j < keys; ++j) now = larger(now, load(p + j * BLOCK + i));
-        for (int j = 0; j < keys; ++j) {
-          const Vector weight = exp2(load(p + j * BLOCK + i) - now);
-          store(p + j * BLOCK + i, weight);
-          sum += weight;
+  over_tasks(pool, s, memory, [&](int64_t b, int64_t head, int64_t split, Room room) {
+    const Rows keys = gathered(s, k, b, head, room), values = gathered(s, v, b, head, room);
+    float *q_t = room.take(s.H * BLOCK), *o_t = room.take(s.H * BLOCK), *p = room.take(BLOCK * BLOCK), *top = room.take(BLOCK), *total = room.take(BLOCK);
+    over_queries(s, b, head, split, [&](int64_t c, Queries rows) {
+      const int64_t row = (rows.b * s.T + rows.first) * s.N + rows.head;
+      turn(q.typed_data() + row * s.H, s.query_row(), rows.rows, s.H, s.scale * LOG2E, q_t);
+      const int64_t ahead = std::min<int64_t>(BLOCK, s.T - rows.first - rows.rows), to_next = BLOCK * s.N * s.H;
+      fetch(q.typed_data() + row * s.H + to_next, s.query_row(), ahead, s.H);
+      fetch(o->typed_data() + row * s.H, s.query_row(), rows.rows, s.H);
+      std::fill(o_t, o_t + s.H * BLOCK, 0.0f);
+      std::fill(top, top + BLOCK, HIDDEN / 2);  // so that hidden pairs get 2^(HIDDEN / 2) = 0 even in a row that sees nothing
+      std::fill(total, total + BLOCK, 0.0f);
+      over_blocks(blocks, c, s.S, [&](int64_t j0, int count, const uint8_t* bits) {
+        product(count, BLOCK, s.H, {keys.x + j0 * keys.row, keys.row, 1}, q_t, BLOCK, p, BLOCK, false);
+        finish(s, rows, valid, added, by_distance, j0, count, bits, p);
+        for (int i = 0; i < BLOCK; i += LANES) {
+          const Vector old = load(top + i);
+          Vector now = old, sum{};
+          for (int j = 0; j < count; ++j) now = larger(now, load(p + j * BLOCK + i));
+          for (int j = 0; j < count; ++j) {
+            const Vector weight = exp2(load(p + j * BLOCK + i) - now);
+            store(p + j * BLOCK + i, weight);
+            sum += weight;
+          }
+          const Vector shrink = exp2(old - now);
+          store(top + i, now);
+          store(total + i, load(total + i) * shrink + sum);
+          for (int h = 0; h < s.H; ++h) store(o_t + h * BLOCK + i, load(o_t + h * BLOCK + i) * shrink);
         }
-        const Vector shrink = exp2(old - now);
-        store(top + i, now);
-        store(total + i, load(total + i) * shrink + sum);
-        for (int h = 0; h < s.H; ++h) store(o_t + h * BLOCK + i, load(o_t + h * BLOCK + i) * shrink);
+        product(s.H, BLOCK, count, {values.x + j0 * values.row, 1, values.row}, p, BLOCK, o_t, BLOCK, true);
+      });
+      for (int i = 0; i < rows.rows; ++i) {
+        const bool seen = total[i] != 0;
+        lse->typed_data()[row + i * s.N] = seen ? top[i] / LOG2E + std::log(total[i]) : -std::numeric_limits<float>::infinity();
+        total[i] = seen ? 1 / total[i] : 0;
       }
-      product(s.H, BLOCK, keys, {x.v + j0 * s.H, 1, s.H}, p, BLOCK, o_t, BLOCK, true);
+      turn_back(o_t, rows.rows, s.H, total, o->typed_data() + row * s.H, s.query_row());
     });
-    for (int i = 0; i < rows.rows; ++i) {
-      const bool seen = total[i] != 0;
-      lse->typed_data()[row + i * s.N] = seen ? top[i] / LOG2E + std::log(total[i]) : -std::numeric_limits<float>::infinity();
-      total[i] = seen ? 1 / total[i] : 0;
-    }
-    turn_back(o_t, rows.rows, s.H, total, o->typed_data() + row * s.H, s.query_row());
-  };
-  over_tasks(pool, s, memory, start, block, [](auto&&...) {});
+  });
   return ffi::Error::Success();
 }
 
@@ -179,58 +211,59 @@ ffi::Error backward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, ffi::Buf
 
   const bool modified = by_distance.element_count();
   const int64_t width = modified ? by_distance.dimensions()[1] : 0, G = s.N / s.K;
-  const auto start = [&](const Scratch& x, int64_t b, int64_t head, int64_t split) {
-    gather(s, k, v, b, head, x);
-    std::fill(x.rest, x.rest + 2 * s.S * s.H, 0.0f);
+  over_tasks(pool, s, memory, [&](int64_t b, int64_t head, int64_t split, Room room) {
+    const Rows keys = gathered(s, k, b, head, room), values = gathered(s, v, b, head, room);
+    const bool left_out = blocks.count(split) < (s.S + BLOCK - 1) / BLOCK;  // by a lone block: that of its split
+    const Gradient d_keys = gradient(s, dk, split * s.B + b, head, left_out, room), d_values = gradient(s, dv, split * s.B + b, head, left_out, room);
+    const int64_t size = s.H * BLOCK;
+    float *q_t = room.take(size), *do_t = room.take(size), *dq_t = room.take(size), *q_c = room.take(size), *do_c = room.take(size);
+    float *p = room.take(BLOCK * BLOCK), *ds = room.take(BLOCK * BLOCK), *top = room.take(BLOCK), *delta = room.take(BLOCK), *ones = room.take(BLOCK);
     float* d_tables = d_by_distance->typed_data() + ((split * s.B + b) * s.N + head * G) * width;
     std::fill(d_tables, d_tables + G * width, 0.0f);
-  };
-  const auto block = [&](const Scratch& x, int64_t c, Queries rows, int64_t split) {
-    const int64_t size = s.H * BLOCK, row = (rows.b * s.T + rows.first) * s.N + rows.head;
-    float *dk = x.rest, *dv = dk + s.S * s.H, *q_t = dv + s.S * s.H, *do_t = q_t + size, *dq_t = do_t + size, *q_c = dq_t + size;
-    float *do_c = q_c + size, *p = do_c + size, *ds = p + BLOCK * BLOCK, *top = ds + BLOCK * BLOCK, *delta = top + BLOCK, *ones = delta + BLOCK;
-    const float *from_q = q.typed_data() + row * s.H, *from_do = d_o.typed_data() + row * s.H, *from_o = o.typed_data() + row * s.H;
-    turn(from_q, s.query_row(), rows.rows, s.H, s.scale * LOG2E, q_t);
-    turn(from_do, s.query_row(), rows.rows, s.H, 1.0f, do_t);
-    copy_rows(from_q, s.query_row(), q_c, s.H, rows.rows, s.H);
-    copy_rows(from_do, s.query_row(), do_c, s.H, rows.rows, s.H);
-    std::fill(dq_t, dq_t + size, 0.0f);
-    for (int i = 0; i < BLOCK; ++i) {
-      const float lse_i = i < rows.rows ? lse.typed_data()[row + i * s.N] : -std::numeric_limits<float>::infinity();
-      const bool seen = lse_i != -std::numeric_limits<float>::infinity();
-      top[i] = seen ? lse_i * LOG2E : -HIDDEN;  // 2^(score - top) is 0 where the row sees nothing
-      // d lse / d score = p and d o / d score = p (v - o): both fold into one number a row.
-      delta[i] = seen ? dot(from_do + i * s.query_row(), from_o + i * s.query_row(), s.H) - d_lse.typed_data()[row + i * s.N] : 0.0f;
-      ones[i] = 1.0f;
-    }
-    over_blocks(blocks, c, s.S, [&](int64_t j0, int keys, const uint8_t* bits) {
-      const float *k_j = x.k + j0 * s.H, *v_j = x.v + j0 * s.H;
-      product(keys, BLOCK, s.H, {k_j, s.H, 1}, q_t, BLOCK, p, BLOCK, false);
-      finish(s, rows, valid, added, by_distance, j0, keys, bits, p);
-      product(keys, BLOCK, s.H, {v_j, s.H, 1}, do_t, BLOCK, ds, BLOCK, false);
-      for (int j = 0; j < keys; ++j)
-        for (int i = 0; i < BLOCK; i += LANES) {
-          const Vector weight = exp2(load(p + j * BLOCK + i) - load(top + i));
-          store(p + j * BLOCK + i, weight);
-          store(ds + j * BLOCK + i, weight * (load(ds + j * BLOCK + i) - load(delta + i)) * s.scale);
-        }
-      if (modified) {
-        float* d_table = d_by_distance->typed_data() + (split * s.B + rows.b) * s.N * width + place(s, rows, width, j0);
-        for (int j = 0; j < keys; ++j)
-          for (int i = 0; i < BLOCK; i += LANES) store(d_table - j + i, load(d_table - j + i) + load(ds + j * BLOCK + i) / s.scale);
+    over_queries(s, b, head, split, [&](int64_t c, Queries rows) {
+      const int64_t row = (rows.b * s.T + rows.first) * s.N + rows.head;
+      const float *from_q = q.typed_data() + row * s.H, *from_do = d_o.typed_data() + row * s.H, *from_o = o.typed_data() + row * s.H;
+      turn(from_q, s.query_row(), rows.rows, s.H, s.scale * LOG2E, q_t);
+      turn(from_do, s.query_row(), rows.rows, s.H, 1.0f, do_t);
+      copy_rows(from_q, s.query_row(), q_c, s.H, rows.rows, s.H);
+      copy_rows(from_do, s.query_row(), do_c, s.H, rows.rows, s.H);
+      const int64_t ahead = std::min<int64_t>(BLOCK, s.T - rows.first - rows.rows), to_next = BLOCK * s.N * s.H;
+      for (const float* x : {from_q, from_do, from_o}) fetch(x + to_next, s.query_row(), ahead, s.H);
+      fetch(dq->typed_data() + row * s.H, s.query_row(), rows.rows, s.H);
+      std::fill(dq_t, dq_t + size, 0.0f);
+      for (int i = 0; i < BLOCK; ++i) {
+        const float lse_i = i < rows.rows ? lse.typed_data()[row + i * s.N] : -std::numeric_limits<float>::infinity();
+        const bool seen = lse_i != -std::numeric_limits<float>::infinity();
+        top[i] = seen ? lse_i * LOG2E : -HIDDEN;  // 2^(score - top) is 0 where the row sees nothing
+        // d lse / d score = p and d o / d score = p (v - o): both fold into one number a row.
+        delta[i] = seen ? dot(from_do + i * s.query_row(), from_o + i * s.query_row(), s.H) - d_lse.typed_data()[row + i * s.N] : 0.0f;
+        ones[i] = 1.0f;
       }
-      product(keys, s.H, rows.rows, {p, BLOCK, 1}, do_c, s.H, dv + j0 * s.H, s.H, true);
-      product(keys, s.H, rows.rows, {ds, BLOCK, 1}, q_c, s.H, dk + j0 * s.H, s.H, true);
-      product(s.H, BLOCK, keys, {k_j, 1, s.H}, ds, BLOCK, dq_t, BLOCK, true);
+      over_blocks(blocks, c, s.S, [&](int64_t j0, int count, const uint8_t* bits) {
+        const Left k_j{keys.x + j0 * keys.row, keys.row, 1}, v_j{values.x + j0 * values.row, values.row, 1};
+        product(count, BLOCK, s.H, k_j, q_t, BLOCK, p, BLOCK, false);
+        finish(s, rows, valid, added, by_distance, j0, count, bits, p);
+        product(count, BLOCK, s.H, v_j, do_t, BLOCK, ds, BLOCK, false);
+        for (int j = 0; j < count; ++j)
+          for (int i = 0; i < BLOCK; i += LANES) {
+            const Vector weight = exp2(load(p + j * BLOCK + i) - load(top + i));
+            store(p + j * BLOCK + i, weight);
+            store(ds + j * BLOCK + i, weight * (load(ds + j * BLOCK + i) - load(delta + i)) * s.scale);
+          }
+        if (modified) {
+          float* d_table = d_by_distance->typed_data() + (split * s.B + rows.b) * s.N * width + place(s, rows, width, j0);
+          for (int j = 0; j < count; ++j)
+            for (int i = 0; i < BLOCK; i += LANES) store(d_table - j + i, load(d_table - j + i) + load(ds + j * BLOCK + i) / s.scale);
+        }
+        product(count, s.H, rows.rows, {p, BLOCK, 1}, do_c, s.H, d_values.x + j0 * d_values.row, d_values.row, !s.alone());
+        product(count, s.H, rows.rows, {ds, BLOCK, 1}, q_c, s.H, d_keys.x + j0 * d_keys.row, d_keys.row, !s.alone());
+        product(s.H, BLOCK, count, {k_j.a, 1, k_j.row}, ds, BLOCK, dq_t, BLOCK, true);
+      });
+      turn_back(dq_t, rows.rows, s.H, ones, dq->typed_data() + row * s.H, s.query_row());
     });
-    turn_back(dq_t, rows.rows, s.H, ones, dq->typed_data() + row * s.H, s.query_row());
-  };
-  const auto end = [&](const Scratch& x, int64_t b, int64_t head, int64_t split) {
-    const int64_t at = ((split * s.B + b) * s.S * s.K + head) * s.H;
-    copy_rows(x.rest, s.H, dk->typed_data() + at, s.key_row(), s.S, s.H);
-    copy_rows(x.rest + s.S * s.H, s.H, dv->typed_data() + at, s.key_row(), s.S, s.H);
-  };
-  over_tasks(pool, s, memory, start, block, end);
+    spread(s, d_keys, dk, split * s.B + b, head);
+    spread(s, d_values, dv, split * s.B + b, head);
+  });
   return ffi::Error::Success();
 }
 

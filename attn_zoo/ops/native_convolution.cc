@@ -6,7 +6,7 @@
 
 namespace {
 
-constexpr int TOGETHER = 4;  // taps whose gradients are summed at once
+constexpr int TOGETHER = 4;  // taps whose gradients are summed at once, and positions that are; BLOCK is a multiple
 
 struct Shape {
   int64_t B, S, K, N;
@@ -18,7 +18,8 @@ struct Pieces {
   Room room;
   int64_t W, H;
   // The taps between zeros, and the input from W / 2 positions before a chunk to as many after it, zero beyond the ends of the sequence.
-  float *taps = room.take(W + 2 * ROWS), *window = room.take((BLOCK + W + TOGETHER) * H), *d_taps = room.take((W + TOGETHER) * LANES);
+  float *taps = room.take(W + 2 * ROWS), *window = room.take((BLOCK + W + TOGETHER) * H), *d_window = room.take((BLOCK + W + TOGETHER) * H);
+  float* d_taps = room.take((W + TOGETHER) * LANES);
 };
 
 // The taps of head n, in this order or the other.
@@ -37,9 +38,9 @@ void place_window(const Shape& s, const float* x, int64_t heads, int64_t b, int6
 }
 
 // to[i] (+)= sum over w of taps[w] window[i + w], of `rows` rows.
-void filter(const Shape& s, const Pieces& x, int rows, float* to, int64_t to_row, bool add) {
+void filter(const Shape& s, const float* taps, const float* window, int rows, float* to, int64_t to_row, bool add) {
   for (int i = 0; i < rows; i += ROWS)
-    product(std::min(ROWS, rows - i), s.H, s.W + ROWS - 1, {x.taps + ROWS, -1, 1}, x.window + i * s.H, s.H, to + i * to_row, to_row, add);
+    product(std::min(ROWS, rows - i), s.H, s.W + ROWS - 1, {taps + ROWS, -1, 1}, window + i * s.H, s.H, to + i * to_row, to_row, add);
 }
 
 template <class Body>
@@ -62,24 +63,32 @@ ffi::Error forward(ffi::ThreadPool pool, Floats v, Floats taps, Results o, Resul
       place_window(s, v.typed_data(), s.K, b, head, c.at, x.window);
       for (int64_t n = head * (s.N / s.K); n < (head + 1) * (s.N / s.K); ++n) {
         place_taps(s, taps.typed_data() + n * s.W, false, x.taps);
-        filter(s, x, c.rows, o->typed_data() + ((b * s.S + c.at) * s.N + n) * s.H, s.N * s.H, false);
+        filter(s, x.taps, x.window, c.rows, o->typed_data() + ((b * s.S + c.at) * s.N + n) * s.H, s.N * s.H, false);
       }
     });
   });
   return ffi::Error::Success();
 }
 
-// d_taps[w] += sum over positions and channels of d_o[i] window[i + w], lane by lane.
-void filter_gradient(const Shape& s, const Pieces& x, int rows, const float* d_o, int64_t row) {
+// d_taps[w] += sum over the chunk's positions and channels of d_o[i] window[i + w], lane by lane.
+void filter_gradient(const Shape& s, const Pieces& x) {
+  const float* d_o = x.d_window + s.W / 2 * s.H;  // zero beyond the end
   for (int w = 0; w < s.W; w += TOGETHER) {
     Vector sum[TOGETHER];
 #pragma GCC unroll 4
     for (int u = 0; u < TOGETHER; ++u) sum[u] = load(x.d_taps + (w + u) * LANES);
-    for (int i = 0; i < rows; ++i)
+    for (int i = 0; i < BLOCK; i += TOGETHER)
       for (int h = 0; h < s.H; h += LANES) {
-        const Vector d = load(d_o + i * row + h);
+        Vector d[TOGETHER];
 #pragma GCC unroll 4
-        for (int u = 0; u < TOGETHER; ++u) sum[u] += d * load(x.window + (i + w + u) * s.H + h);
+        for (int r = 0; r < TOGETHER; ++r) d[r] = load(d_o + (i + r) * s.H + h);
+#pragma GCC unroll 8
+        for (int at = 0; at < 2 * TOGETHER - 1; ++at) {
+          const Vector reached = load(x.window + (i + w + at) * s.H + h);
+#pragma GCC unroll 4
+          for (int r = 0; r < TOGETHER; ++r)
+            if (at - r >= 0 && at - r < TOGETHER) sum[at - r] += d[r] * reached;
+        }
       }
 #pragma GCC unroll 4
     for (int u = 0; u < TOGETHER; ++u) store(x.d_taps + (w + u) * LANES, sum[u]);
@@ -95,10 +104,10 @@ ffi::Error backward(ffi::ThreadPool pool, Floats v, Floats taps, Floats d_o, Res
       place_taps(s, taps.typed_data() + n * s.W, true, x.taps);
       std::fill(x.d_taps, x.d_taps + (s.W + TOGETHER) * LANES, 0.0f);
       forwards(0, s.S, [&](Chunk c) {
-        place_window(s, d_o.typed_data(), s.N, b, n, c.at, x.window);
-        filter(s, x, c.rows, dv->typed_data() + ((b * s.S + c.at) * s.K + head) * s.H, s.K * s.H, n > first_head);
+        place_window(s, d_o.typed_data(), s.N, b, n, c.at, x.d_window);
+        filter(s, x.taps, x.d_window, c.rows, dv->typed_data() + ((b * s.S + c.at) * s.K + head) * s.H, s.K * s.H, n > first_head);
         place_window(s, v.typed_data(), s.K, b, head, c.at, x.window);
-        filter_gradient(s, x, c.rows, d_o.typed_data() + ((b * s.S + c.at) * s.N + n) * s.H, s.N * s.H);
+        filter_gradient(s, x);
       });
       for (int w = 0; w < s.W; ++w) d_taps->typed_data()[(b * s.N + n) * s.W + w] = sum_of_lanes(load(x.d_taps + w * LANES));
     }

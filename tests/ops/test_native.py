@@ -35,6 +35,8 @@ CASES = {name: (*case[:-1], {key: value for key, value in case[-1].items() if ke
     "one-query-one-key": (FULL, 1, 1, 1, 1, 8, False, {}),
     "whole-blocks-H256": (CAUSAL, 128, 128, 1, 1, 256, False, {}),
     "a-key-more-than-blocks-H48": (Band(70, 3), 130, 129, 6, 2, 48, True, {}),
+    "a-lone-block-of-queries": (FULL, 50, 300, 2, 2, 32, True, {}),
+    "a-lone-block-that-leaves-keys-out": (Band(70, 3), 40, 300, 2, 2, 32, False, {}),
     "stripes-over-many-blocks-H112": (Stripes(5), 200, 333, 2, 2, 112, False, {"scale": 0.2}),
 }
 
