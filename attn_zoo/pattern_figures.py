@@ -80,8 +80,8 @@ def patterns() -> Figure:
     texts = (
         f"What sees what, by position: query down, key across, not causal. Left {ELEMENTS} positions; right {LONG:,} positions at the default options, in "
         f"blocks of {BLOCK}. The darker, the greater the weight, relative to the largest of its row, where all scores are equal; a block that is "
-        "white holds no pair. Pairs: useful work as a share of that of full attention; computed: where blocks are computed in place, the share of pairs in them. "
-        "The others fold or gather what they need.",
+        "white holds no pair. Pairs: useful work as a share of that of full attention; computed: the share of pairs in the blocks that are computed, where "
+        "there are such, after folding and gathering.",
         f"By content, {ELEMENTS} positions: actual weights, relative to the largest of the picture, on one draw of random queries and keys. "
         "Others give another picture.",
     )

@@ -11,7 +11,7 @@ import numpy as np
 
 from attn_zoo.attention.base import Paper, Variant, softmax_reference
 from attn_zoo.attention.block_local import pattern as own_block
-from attn_zoo.attention.pattern import SlotDecoding, pair_flops
+from attn_zoo.attention.pattern import MergedAttention, pair_flops
 from attn_zoo.attention.strided import column_pattern
 from attn_zoo.ops.fold import fold, fold_valid, unfold
 from attn_zoo.ops.merge import merge
@@ -37,10 +37,8 @@ def width_of(options: Options, max_len: int) -> int:
     return options.width or round(math.sqrt(max_len))
 
 
-class Axial(SlotDecoding):
+class Axial(MergedAttention):
     """Rows and columns of a grid."""
-
-    has_parts = True
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         (B, T), S, causal, axis = q_BTNH.shape[:2], k_BSKH.shape[1], self.dims.causal, self.options.axis

@@ -5,6 +5,7 @@ B batch, T query positions, S key/value positions, N query heads, K key/value he
 H head dim, D model dim, F feed-forward dim, V vocabulary, W window, C blocks, R rank / features / memory slots.
 """
 
+import contextvars
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -20,6 +21,9 @@ from jaxtyping import Array, Bool, Float, Key
 from attn_zoo.ops import backends
 from attn_zoo.ops.patterns import FULL, Pattern
 from attn_zoo.spec import Unsupported, UserError
+
+
+_ASKED: contextvars.ContextVar[list | None] = contextvars.ContextVar("asked", default=None)  # where calls of `part` are noted instead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,8 +247,23 @@ class Attention(nnx.Module):
 
     def part(self, q_BTNH, k_BSKH, v_BSKH, *, pattern: Pattern, valid_BS=None) -> tuple[Array, Array]:
         """(output, logsumexp) of softmax attention over the pairs of `pattern`, on this layer's backend: a part to be merged with others."""
+        asked = _ASKED.get()
+        if asked is not None:
+            asked.append((pattern, q_BTNH.shape, k_BSKH.shape))
+            return jnp.zeros_like(q_BTNH), jnp.zeros(q_BTNH.shape[:3])
         backend = self.backend(valid_BS is not None)
         return backends.attention_and_logsumexp(q_BTNH, k_BSKH, v_BSKH, pattern=pattern, valid_BS=valid_BS, backend=backend)
+
+    def asked_parts(self, T: int, S: int) -> list[tuple[Pattern, tuple[int, ...], tuple[int, ...]]]:
+        """The calls of `part` for one sequence: (pattern, shape of q, shape of k) each, of folded sequences and chosen keys as they come. Computes nothing."""
+        d, asked = self.dims, []
+        q, k = (jax.ShapeDtypeStruct((1, length, heads, d.head_dim), d.dtype) for length, heads in ((T, d.num_heads), (S, d.num_kv_heads)))
+        token = _ASKED.set(asked)
+        try:
+            jax.eval_shape(lambda q, k, v: self.attend(q, k, v, None, None), q, k, k)
+        finally:
+            _ASKED.reset(token)
+        return asked
 
     def backend(self, masked: bool = False) -> str:
         """The backend that runs, given whether key validity is passed. Raises UserError if dims.backend names one that cannot serve."""

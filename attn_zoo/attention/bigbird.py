@@ -15,7 +15,7 @@ import numpy as np
 from attn_zoo.attention.base import Variant, softmax_reference
 from attn_zoo.attention.block import BLOCK
 from attn_zoo.attention.global_window import pattern
-from attn_zoo.attention.pattern import SlotDecoding, dense_mask, pair_flops, pattern_plan
+from attn_zoo.attention.pattern import MergedAttention, dense_mask, pair_flops, parts_plan
 from attn_zoo.ops.draws import draw_distinct
 from attn_zoo.ops.gathered import gathered_attention, listed_mask
 from attn_zoo.ops.merge import merge
@@ -55,10 +55,8 @@ def draw(options: Options, T: int, S: int, causal: bool) -> tuple[np.ndarray, np
     return np.where(seen, np.where(number < before[:, None], options.globals + number, after_window), 0).astype(np.int32), seen
 
 
-class BigBird(SlotDecoding):
+class BigBird(MergedAttention):
     """Window, global tokens and random keys."""
-
-    has_parts = True
 
     def pattern(self) -> Pattern:
         """The window and the global tokens."""
@@ -91,8 +89,8 @@ class BigBird(SlotDecoding):
         return attend_listed(q_B1NH, cache, jnp.concatenate([jnp.maximum(window, 0), first, index]), all_seen)[0], cache | {"t": t + 1}
 
     def plan(self, T, S, masked=False):
-        useful = pairs(self.options, T, S, self.dims.causal)
-        return pattern_plan(self.backend(masked), self.pattern(), T, S, self.dims) | {"density": useful / (T * S)}
+        index, seen = draw(self.options, T, S, self.dims.causal)
+        return parts_plan(self, T, S, masked, beside=index.size if seen.any() else None)
 
 
 def pairs(options: Options, T: int, S: int, causal: bool) -> int:

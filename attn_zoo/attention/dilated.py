@@ -9,7 +9,7 @@ import numpy as np
 
 from attn_zoo.attention.base import Variant, softmax_reference
 from attn_zoo.attention.local import LOCAL
-from attn_zoo.attention.pattern import SlotDecoding, pair_flops
+from attn_zoo.attention.pattern import MergedAttention, pair_flops
 from attn_zoo.ops.fold import fold, fold_valid, unfold
 from attn_zoo.ops.patterns import Band, Every
 from attn_zoo.ops.slots import Slots
@@ -28,10 +28,8 @@ class Options:
         check_int("dilation", self.dilation, 1)
 
 
-class Dilated(SlotDecoding):
+class Dilated(MergedAttention):
     """A sliding window with gaps."""
-
-    has_parts = True
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         (B, T), S, w = q_BTNH.shape[:2], k_BSKH.shape[1], self.options.window

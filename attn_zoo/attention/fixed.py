@@ -11,7 +11,7 @@ import numpy as np
 
 from attn_zoo.attention.base import Variant, softmax_reference
 from attn_zoo.attention.block_local import pattern as own_block
-from attn_zoo.attention.pattern import SlotDecoding, pair_flops
+from attn_zoo.attention.pattern import MergedAttention, pair_flops
 from attn_zoo.attention.strided import STRIDED
 from attn_zoo.ops.merge import merge
 from attn_zoo.ops.patterns import CAUSAL, Pattern
@@ -72,10 +72,8 @@ class Summaries(Pattern):
         return (j % self.stride >= self.stride - self.summary) & (i == i)
 
 
-class Fixed(SlotDecoding):
+class Fixed(MergedAttention):
     """Own block, and summaries of the others."""
-
-    has_parts = True
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         T, S, causal = q_BTNH.shape[1], k_BSKH.shape[1], self.dims.causal

@@ -73,6 +73,15 @@ class PatternAttention(SlotDecoding):
         return plan | ({"computed_pairs": round(plan["computed_density"] * T * S)} if "computed_density" in plan else {})
 
 
+class MergedAttention(SlotDecoding):
+    """Softmax attention over a pattern that is folded first, or merged from several parts, each of them computed by `part`."""
+
+    has_parts = True
+
+    def plan(self, T, S, masked=False):
+        return parts_plan(self, T, S, masked)
+
+
 def dense_mask(pattern: Pattern, T: int, S: int, valid_BS=None):
     """The pattern as a [1 or B, 1, T, S] array, for references."""
     mask = pattern.mask(np.arange(T)[:, None], np.arange(S)[None, :])[None, None]
@@ -87,6 +96,22 @@ def pattern_plan(backend: str, pattern: Pattern, T: int, S: int, dims: Dims) -> 
         computed = block_mask(pattern, T, S, *blocks).computed_pairs
         plan |= {"q_block": blocks[0], "k_block": blocks[1], "computed_density": computed / (T * S)}
     return plan
+
+
+def parts_plan(layer: Attention, T: int, S: int, masked: bool, *, pairs: float | None = None, beside: int | None = None) -> dict:
+    """As `pattern_plan`, of a layer that is merged from parts: all blocks of all of them, and the pairs that are computed beside them, over T x S.
+
+    pairs: those that are seen; None if they are all that the layer's FLOPs count. beside: None if the parts are all the work.
+    """
+    backend, d = layer.backend(masked), layer.dims
+    pairs = layer.flops(1, T, S) / pair_flops(1, 1, d.num_heads, d.head_dim) if pairs is None else pairs
+    plan, asked = {"backend": backend, "density": pairs / (T * S)}, layer.asked_parts(T, S)
+    sizes = [backends.blocks(backend, pattern, q[1], k[1], d.dtype, d.head_dim) for pattern, q, k in asked]
+    if None in sizes:
+        return plan
+    computed = sum(q[0] * q[2] / d.num_heads * block_mask(pattern, q[1], k[1], *size).computed_pairs for (pattern, q, k), size in zip(asked, sizes))
+    plan |= {"q_block": sizes[0][0], "k_block": sizes[0][1], "computed_density": (computed + (beside or 0)) / (T * S)}
+    return plan | ({"computed_pairs": round(computed)} if beside is None else {})
 
 
 def pair_flops(pairs: float, B: int, N: int, H: int) -> float:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attn_zoo.attention.base import Paper, Variant, repeat_kv, softmax_reference
-from attn_zoo.attention.pattern import SlotDecoding, dense_mask, pair_flops
+from attn_zoo.attention.pattern import MergedAttention, dense_mask, pair_flops
 from attn_zoo.ops import backends
 from attn_zoo.ops.merge import merge
 from attn_zoo.ops.patterns import CAUSAL, FULL, count_pairs
@@ -50,10 +50,9 @@ def with_slots(q_BTNH, context, m_NRH, u_NRH, part=backends.attention_and_logsum
     return jnp.where(lse_BTN[..., None] > -jnp.inf, both_BTNH, 0)
 
 
-class Persistent(SlotDecoding):
+class Persistent(MergedAttention):
     """Context and persistent memory in one softmax."""
 
-    has_parts = True
     anywhere = True
 
     def __init__(self, options: Options, dims, *, shared: dict, rngs: nnx.Rngs):
@@ -90,11 +89,6 @@ class Persistent(SlotDecoding):
         if self.options.slots:
             o_B1NH = with_slots(q_B1NH, (o_B1NH, lse_B1N), *self.memory(), self.part)
         return o_B1NH.astype(q_B1NH.dtype), cache | {"t": cache["t"] + 1}
-
-    def plan(self, T, S, masked=False):
-        backend, d = self.backend(masked), self.dims
-        q_block, k_block = backends.blocks(backend, CAUSAL if d.causal else FULL, T, S, d.dtype, d.head_dim)
-        return {"backend": backend, "q_block": q_block, "k_block": k_block}
 
 
 def flops(options: Options, B: int, T: int, S: int, N: int, H: int, causal: bool) -> float:

@@ -23,7 +23,7 @@ from jax import lax
 
 from attn_zoo.attention.base import Attention, Paper, Variant, softmax_reference
 from attn_zoo.attention.block_local import pattern as own_block
-from attn_zoo.attention.pattern import dense_mask, pair_flops
+from attn_zoo.attention.pattern import dense_mask, pair_flops, parts_plan
 from attn_zoo.ops.merge import merge
 from attn_zoo.ops.patterns import count_pairs
 from attn_zoo.ops.slots import score_row, softmax_row
@@ -198,7 +198,7 @@ class Sinkhorn(Attention):
         return flops(dataclasses.replace(self.options, block=self.block), B, T, S, self.dims.num_heads, self.dims.head_dim, self.dims.causal)
 
     def plan(self, T, S, masked=False):
-        return {"backend": self.backend(masked), "block": self.block, "density": _pairs(self.block, T, self.dims.causal) / (T * S)}
+        return parts_plan(self, T, S, masked, pairs=_pairs(self.block, T, self.dims.causal), beside=0) | {"block": self.block}
 
 
 def _or_one(x):

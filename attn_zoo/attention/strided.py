@@ -14,7 +14,7 @@ import math
 import numpy as np
 
 from attn_zoo.attention.base import Paper, Variant, softmax_reference
-from attn_zoo.attention.pattern import SlotDecoding, pair_flops
+from attn_zoo.attention.pattern import MergedAttention, pair_flops
 from attn_zoo.ops import backends
 from attn_zoo.ops.fold import fold, fold_valid, unfold
 from attn_zoo.ops.merge import merge
@@ -62,10 +62,8 @@ def strided_attention(q_BTNH, k_BSKH, v_BSKH, valid_BS, stride: int, band: int, 
     return merge(near, tuple(unfold(x, stride, T) for x in columns))[0]
 
 
-class Strided(SlotDecoding):
+class Strided(MergedAttention):
     """Near band plus columns."""
-
-    has_parts = True
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -96,10 +94,7 @@ class Strided(SlotDecoding):
 
     def plan(self, T, S, masked=False):
         stride, band = self.sizes
-        backend, d = self.backend(masked), self.dims
-        q_block, k_block = backends.blocks(backend, near_pattern(band, d.causal), T, S, d.dtype, d.head_dim)
-        density = count_pairs(stride, band, T, S, d.causal) / (T * S)
-        return {"backend": backend, "stride": stride, "band": band, "density": density, "q_block": q_block, "k_block": k_block}
+        return super().plan(T, S, masked) | {"stride": stride, "band": band}
 
 
 def count_pairs(stride: int, band: int, T: int, S: int, causal: bool) -> int:

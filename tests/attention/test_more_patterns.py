@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from attn_zoo import UserError, make_attention
+from attn_zoo.ops import backends
 
 DEFINITIONS = {  # written from the papers' definitions, one pair at a time
     "block_local(block=7)": lambda i, j: i // 7 == j // 7,
@@ -52,6 +53,37 @@ def test_sees_what_its_definition_says(spec, T, S, causal):
     actual, attention = seen(spec, T, S, causal)
     np.testing.assert_array_equal(actual, expected)
     assert attention.flops(3, T, S) == 4 * 3 * 2 * 48 * expected.sum()
+
+
+@pytest.mark.parametrize("T, S", LENGTHS)
+@pytest.mark.parametrize("spec", DEFINITIONS)
+def test_the_plan_tells_the_share_of_pairs(spec, T, S):
+    i, j = np.arange(T), np.arange(S)
+    pairs = sum(bool(DEFINITIONS[spec](a, b)) for a in i for b in j)
+    plan = make_attention(spec, num_heads=2, head_dim=16, max_len=48).plan(T, S)
+    if "density" in plan:
+        assert plan["density"] == pytest.approx(pairs / (T * S)) and plan["computed_density"] >= plan["density"]
+    else:
+        assert spec.startswith("random")  # its keys are gathered, not computed in blocks
+
+
+@pytest.mark.parametrize(
+    "spec, blocks, beside",
+    [
+        ("strided(stride=8, band=2)", 22 + 8, 0),  # three diagonals of eight by eight blocks; eight columns of 64 positions
+        ("dilated(window=3, dilation=4)", 4 * 4, 0),  # four columns of 128 positions
+        ("axial(width=64)", 8 + 64, 0),  # rows, and columns of eight positions, which fill a block no more than that
+        ("fixed(stride=64, summary=8)", 8 + 8, 0),  # own blocks; 64 summaries, seen by all
+        ("bigbird(window=2, globals=0, random=5)", 22, 512 * 5),
+        ("sinkhorn(block=64)", 8 + 8, 0),
+        ("persistent(slots=64)", 64 + 8, 0),
+    ],
+)
+def test_the_plan_counts_the_blocks_of_all_parts(spec, blocks, beside, monkeypatch):
+    monkeypatch.setattr(backends, "blocks", lambda *args: (64, 64))
+    plan = make_attention(spec, num_heads=4, num_kv_heads=2, head_dim=16, max_len=512).plan(512, 512)
+    assert plan["computed_density"] * 512**2 == pytest.approx(blocks * 64**2 + beside)
+    assert plan.get("computed_pairs", blocks * 64**2) == blocks * 64**2
 
 
 def test_axial_is_its_two_axes_merged():
