@@ -27,7 +27,7 @@ test-cuda: $(CUDA_READY)
 bench: $(PEERS_READY)
 	.venv-peers/bin/python experiments/core_bench.py --peers=all --seq_lens=1024,2048,4096
 
-# The same on an NVIDIA GPU, for head dims of 64 and 128 (make bench-gpu ACCELERATOR=cuda13); begins no further length after four minutes of each.
+# The same on an NVIDIA GPU, for head dims of 64 and 128 (make bench-gpu ACCELERATOR=cuda13); compiles nothing further after four minutes of each.
 # Peers that cannot be installed become rows with the reason.
 BLOCKED := full, local, global_window, block, block_local, dilated, strided, fixed, axial, linear, performer, retention, delta
 GPU := --dtype=bfloat16 --tokens=32768 --N=16 --seq_lens=4096,32768,8192,16384 --variants='$(BLOCKED)' --jobs=12

@@ -44,7 +44,7 @@ CAUSAL = flags.DEFINE_bool("causal", True, "Causal where a variant can be.")
 TOKENS = flags.DEFINE_integer("tokens", None, "Tokens of a batch, in place of --B: a batch of tokens / T.", lower_bound=1)
 ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed samples of each candidate, interleaved.", lower_bound=1)
 JOBS = flags.DEFINE_integer("jobs", 1, "Candidates compiled side by side; with more than one, compile times are not those of one alone.", lower_bound=1)
-MINUTES = flags.DEFINE_float("minutes", None, "Start no further length after so many.", lower_bound=0)
+MINUTES = flags.DEFINE_float("minutes", None, "Compile nothing further after so many: a row says so, and no further length is begun. The same command goes on with the lengths that are not complete.", lower_bound=0)
 PEERS = flags.DEFINE_enum("peers", "jax", ["none", "jax", "all"], "Whose attention to set beside it: JAX's (and tokamax, where installed), or that and PyTorch's and its packages.")
 PEERS_PYTHON = flags.DEFINE_string("peers_python", sys.executable, "The Python that has PyTorch, the packages and attn_zoo.")
 BACKENDS = flags.DEFINE_list("backends", ["auto"], "attention.backend of the variants, a row each: auto, xla, pallas, cudnn, ...")
@@ -117,7 +117,7 @@ def run(out: Path) -> None:
             if time.monotonic() > until:
                 print(f"T = {T} and more not begun: --minutes={MINUTES.value:g} are over; the same command goes on", file=sys.stderr)
                 break
-            measure_length(out, problem(T), specs, torch, {"settings": settings, "provenance": origin})
+            measure_length(out, problem(T), specs, torch, until, {"settings": settings, "provenance": origin})
             print(f"T = {T} done", file=sys.stderr, flush=True)
         if torch:
             torch.close()
@@ -127,14 +127,14 @@ def run(out: Path) -> None:
     print((out / "table.md").read_text())
 
 
-def measure_length(out: Path, problem: Problem, specs: list[str], torch: TorchProcess | None, common: dict) -> None:
+def measure_length(out: Path, problem: Problem, specs: list[str], torch: TorchProcess | None, until: float, common: dict) -> None:
     """Records of all candidates and modes at one length, unless they are there from the same commit and machine."""
     rows = rows_of(problem, specs, torch)
     ids = {(row.name, mode): hashlib.sha256(json.dumps(cell_of(row, problem, mode), sort_keys=True).encode()).hexdigest()[:12] for row in rows for mode in MODES}
     if done(out, set(ids.values()), common):
         return
     rates = {"matmul_flops_per_s": matmul_flops_per_s(problem.dtype), "copy_bytes_per_s": copy_bytes_per_s()}
-    for order, (row, mode, outcome) in enumerate(measure(rows, ROUNDS.value, JOBS.value)):
+    for order, (row, mode, outcome) in enumerate(measure(rows, ROUNDS.value, JOBS.value, until)):
         flops = problem.attention(row.spec, row.causal).flops(problem.B, problem.T, problem.T) * (1 if mode == "forward" else 3)
         work = {"order": order, "framework": row.framework, "flops": flops, "bytes": problem.bytes(mode), "plan": row.plan}
         write_record(out, {"id": ids[row.name, mode], "status": outcome.pop("status"), "message": outcome.pop("message", ""), "cell": cell_of(row, problem, mode)} | work | outcome | rates | common)
@@ -146,7 +146,7 @@ def done(out: Path, ids: set[str], common: dict) -> bool:
         return False
     found = {r["id"]: r for r in load_records(out)}
     same = lambda r: r["settings"] == common["settings"] and all(r["provenance"].get(key) == common["provenance"][key] for key in ("git_commit", "git_dirty", "cpu", "device_kind"))
-    return ids <= found.keys() and all(same(found[id]) for id in ids)
+    return ids <= found.keys() and all(same(found[id]) and found[id]["status"] != "timeout" for id in ids)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -24,7 +25,7 @@ LENGTHS = (32, 64, 128)
 sys.path.insert(0, str(ROOT / "experiments"))
 from bench.candidates import CannotRun, Problem, counterparts, heads
 from bench.report import faster_from
-from bench.rounds import measure
+from bench.rounds import MODES, measure
 from bench.single_pattern import single_pattern
 
 T, N, H = 320, 2, 8
@@ -147,6 +148,18 @@ def test_a_row_that_fails_while_it_is_timed_says_so_and_the_others_go_on():
             assert outcome["status"] == "ok" and outcome["speed"]["n"] == 4
         else:
             assert outcome == {"temp_bytes": 1, "status": "unsupported", "message": "it ran out of memory"}
+
+
+def test_what_the_time_does_not_suffice_for_is_left_out():
+    class Slow(Row):
+        def prepare(self, mode):
+            time.sleep(0.2)
+            return super().prepare(mode)
+
+    rows = [Slow(last=100), Row(last=100)]
+    outcomes = {(row, mode): outcome for row, mode, outcome in measure(rows, rounds=2, jobs=1, until=time.monotonic() + 0.1)}
+    assert [outcomes[row, mode]["status"] for row in rows for mode in MODES] == ["ok", "timeout", "timeout", "timeout"]
+    assert outcomes[rows[0], "forward"]["speed"]["n"] == 2 and rows[1].calls == 0 and "time was over" in outcomes[rows[1], "forward"]["message"]
 
 
 def test_each_peer_has_its_counterpart_once():

@@ -14,10 +14,13 @@ LEAST_S = 0.005  # of a timed sample: shorter calls are made several times in on
 PAUSE_S = 0.02  # after a change of process, so that the threads of the one no longer spin while the other is timed
 
 
-def measure(rows: list, rounds: int, jobs: int) -> Iterator[tuple[Any, str, dict]]:
-    """(row, mode, {'status', 'message' or 'speed', and what preparing gave}) of all, after all are timed; `jobs` are prepared side by side."""
+def measure(rows: list, rounds: int, jobs: int, until: float = math.inf) -> Iterator[tuple[Any, str, dict]]:
+    """(row, mode, {'status', 'message' or 'speed', and what preparing gave}) of all, after all are timed; `jobs` are prepared side by side.
+
+    What is not being prepared `until` then, on the monotonic clock, is left out, with the status 'timeout'.
+    """
     each = [(row, mode) for row in rows for mode in MODES]
-    outcomes = prepared(each, jobs)
+    outcomes = prepared(each, jobs, until)
     calls = {key: 1 for key in each if outcomes[key]["status"] == "ok"}
     seconds: dict[tuple, list[float]] = {key: [] for key in calls}
 
@@ -45,16 +48,18 @@ def measure(rows: list, rounds: int, jobs: int) -> Iterator[tuple[Any, str, dict
     return ((row, mode, outcomes[row, mode]) for row, mode in each)
 
 
-def prepared(each: list[tuple], jobs: int) -> dict[tuple, dict]:
+def prepared(each: list[tuple], jobs: int, until: float) -> dict[tuple, dict]:
     """What preparing gave, of every row and mode. The process of PyTorch prepares one after the other, beside those of JAX if these are more than one."""
     with concurrent.futures.ThreadPoolExecutor(jobs) as ours, concurrent.futures.ThreadPoolExecutor(1) as theirs:
         pools = {"jax": ours, "torch": ours if jobs == 1 else theirs}
-        futures = {(row, mode): pools[row.framework].submit(prepare, row, mode) for row, mode in each}
+        futures = {(row, mode): pools[row.framework].submit(prepare, row, mode, until) for row, mode in each}
         return {key: future.result() for key, future in futures.items()}
 
 
-def prepare(row: Any, mode: str) -> dict:
+def prepare(row: Any, mode: str, until: float) -> dict:
     """The status of a row that is prepared, and what that gave."""
+    if time.monotonic() > until:
+        return {"status": "timeout", "message": "the time was over before it was compiled"}
     try:
         return row.prepare(mode) | {"status": "ok"}
     except CannotRun as e:
