@@ -121,6 +121,23 @@ def test_the_committed_table_and_figures_follow_from_the_records(tmp_path):
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {path.name for path in (RESULTS / "figures").iterdir()}
 
 
+def test_backends_stand_beside_each_other(folder, tmp_path):
+    """Of a variant that takes three times as long on the second: each is compared with `full` on its own backend."""
+    for r in load_records(folder):
+        if not r["cell"]["peer"]:
+            for backend, factor in (("native", 1), ("xla", 3)):
+                seconds = factor * 1e-3 * (r["cell"]["seq_len"] / 32) * (1 if r["cell"]["spec"] == "full" else 2)
+                speed = {"median_s": seconds, "p20_s": seconds, "p80_s": seconds, "n": 1}
+                write_record(tmp_path, r | {"id": r["id"] + backend, "speed": speed, "cell": r["cell"] | {"variant": f"{r['cell']['variant']} [{backend}]"}})
+    process = run(tmp_path, "--report_only")
+    assert process.returncode == 0, process.stderr
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
+    assert cells.count(["`local [xla]`", "`local [native]`", "6.0 / 2.0 (3.00×)", "12.0 / 4.0 (3.00×)", "24.0 / 8.0 (3.00×)"]) == 2
+    assert not any("jax.nn" in line for line in lines)
+    assert [row[-1] for row in cells if row[0] == "`local [xla]`" and len(row) == 7] == ["never, by the fit"] * 2
+
+
 class Row:
     """A candidate whose calls take no time, and that fails from its `last`-th on."""
 

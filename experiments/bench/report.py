@@ -29,7 +29,8 @@ def table(records: list[Record], reference: str) -> str:
     s = records[0]["settings"]
     batch = f"{s['tokens']:,} tokens" if s["tokens"] else f"B={s['B']}"
     title = f"Attention alone, {batch}, N={s['N']}, H={s['H']}, {s['dtype']}, {'causal unless marked (b)' if s['causal'] else 'bidirectional'}."
-    sections = [title, *(times(records, mode, reference) for mode in MODES), rates(records), *(side_by_side(records, mode) for mode in MODES), origin(records)]
+    sections = [title, *(times(records, mode, reference) for mode in MODES), rates(records)]
+    sections += [section(records, mode) for section in (side_by_side, on_backends) for mode in MODES] + [origin(records)]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
@@ -37,7 +38,7 @@ def times(records: list[Record], mode: str, reference: str) -> str:
     """A row a variant: milliseconds, times faster than the reference in its direction, memory; exponents, and from where on it is faster than `full`."""
     own, lengths = by_name(r for r in records if r["cell"]["mode"] == mode and not r["cell"]["layer"]), lengths_of(records)
     references = {causal: at for name, at in own.items() for causal in (True, False) if name.startswith(reference) and cell(at)["causal"] == causal}
-    fulls = {causal: at for at in own.values() for causal in (True, False) if cell(at)["spec"] == "full" and not cell(at)["peer"] and cell(at)["causal"] == causal}
+    fulls = {(cell(at)["causal"], asked_backend(name)): at for name, at in own.items() if cell(at)["spec"] == "full" and not cell(at)["peer"]}
     asked = settings(records)["causal"]
     rows = []
     for name, at in sorted(own.items(), key=lambda item: not item[0].startswith(reference)):
@@ -46,10 +47,11 @@ def times(records: list[Record], mode: str, reference: str) -> str:
         causal = cell(at)["causal"]
         mark = " (b)" if asked and not causal and "bidirectional" not in name else ""
         cells = [_time(at.get(T), references.get(causal, {}).get(T)) for T in lengths]
-        full = fulls.get(causal)
+        full = fulls.get((causal, asked_backend(name)))
         rows.append([f"`{name}`{mark}", *cells, *slopes(at), "–" if full is None or at is full else faster_from(at, full)])
     header = ["", *(f"T = {T}" for T in lengths), "time exponent", "memory exponent", "faster than `full` from T"]
-    return f"**{MODES[mode]}**: ms (× faster than {reference}), MiB of temporary memory\n\n" + pipe(rows, header)
+    ratio = f" (× faster than {reference})" if references else ""
+    return f"**{MODES[mode]}**: ms{ratio}, MiB of temporary memory\n\n" + pipe(rows, header)
 
 
 def rates(records: list[Record]) -> str:
@@ -82,6 +84,19 @@ def side_by_side(records: list[Record], mode: str) -> str:
             rows += [[name, f"`{other}`", *_once([_beside(at.get(T), times.get(T)) for T in lengths])] for other, times in same]
     header = ["peer", "beside", *(f"T = {T}" for T in lengths)]
     return f"**{MODES[mode]}, side by side**: ms of the peer / ms of the variant (× faster than the peer)\n\n" + pipe(rows, header) if rows else ""
+
+
+def on_backends(records: list[Record], mode: str) -> str:
+    """A row a variant and further backend, where it was run on several: at every length the milliseconds of both."""
+    own, lengths = by_name(r for r in records if r["cell"]["mode"] == mode and not r["cell"]["peer"]), lengths_of(records)
+    first: dict[tuple, tuple[str, dict]] = {}
+    rows = []
+    for name, at in own.items():
+        of, times = first.setdefault(tuple(cell(at)[key] for key in ("spec", "causal", "layer")), (name, at))
+        if of != name:
+            rows.append([f"`{name}`", f"`{of}`", *_once([_beside(at.get(T), times.get(T)) for T in lengths])])
+    header = ["", "beside", *(f"T = {T}" for T in lengths)]
+    return f"**{MODES[mode]}, backends side by side**: ms on the first / ms on the second (× faster on the second)\n\n" + pipe(rows, header) if rows else ""
 
 
 def draw(records: list[Record]) -> dict[str, Any]:
@@ -151,6 +166,11 @@ def by_name(records: Iterable[Record]) -> dict[str, dict[int, Record]]:
 def cell(at: dict[int, Record]) -> dict:
     """What all records of a row have in common."""
     return next(iter(at.values()))["cell"]
+
+
+def asked_backend(name: str) -> str:
+    """That a row's name ends with, as in 'full [xla]'; '' for the one that is chosen by itself."""
+    return name[name.rindex(" [") + 2 : -1] if name.endswith("]") else ""
 
 
 def settings(records: list[Record]) -> dict:
