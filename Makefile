@@ -7,13 +7,20 @@ PEERS_READY := .venv-peers/.ready
 CUDA_READY := .venv-cuda/.ready
 CHECK_PYTHON = @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "attn_zoo needs Python 3.11 or later; this is " + sys.version.split()[0] + ". Try: make venv PYTHON=python3.11")'
 
-.PHONY: sweep test test-peers test-cuda bench bench-gpu venv locks
+.PHONY: sweep test test-newest test-peers test-cuda bench bench-gpu venv locks
 
 sweep: $(READY)
 	.venv/bin/python launch.py --config=experiments/seq_len.py --workdir=results/seq_len
 
 test: $(READY)
 	.venv/bin/python -m pytest -n 2
+
+# The same with the newest versions there are, in place of the locked ones; those of jax from 0.11 on need a later Python (PYTHON=python3.12).
+test-newest:
+	$(CHECK_PYTHON)
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --editable '.[test]'
+	.venv-newest/bin/python -m pytest -n 2
 
 # Agreement with the PyTorch packages of others, on the CPU; without them `make test` skips these tests.
 test-peers: $(PEERS_READY)
