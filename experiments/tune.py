@@ -2,19 +2,19 @@
 
     python experiments/tune.py                                                # every dtype, head dim and kernel; into results/tune
     python experiments/tune.py --minutes=9                                    # as far as that goes; the next call goes on from there
+    python experiments/tune.py --kernels=states,output,dv,dqk                 # those of linearized attention alone
     python experiments/tune.py --report_only                                  # table and choice again, from the records alone
     python experiments/tune.py --report_only --write                          # and the choice into the package's tuning.json
 
-Each kernel (forward, dq, dkv) is timed alone on two problems, causal attention and a causal window. Candidates are compiled side by side, those nearest to
-the present tile first, held to what the XLA engine computes, and timed in interleaved rounds; a timing is of as many calls as take some
-milliseconds. The choice is the least product of the two problems' medians. What does not compile, or computes something else, is left out and counted.
+Each kernel is timed alone on two problems: those of attention on causal attention and a causal window, those of scans on sums without and with decay
+("corrected" on a delta rule). Candidates are compiled side by side, those nearest to the present tile first, held to what XLA computes, and timed in
+interleaved rounds; a timing is of as many calls as take some milliseconds. The choice is the least product of the problems' medians; of chunks, at which scans
+have their tiles, that of all kernels together. What does not compile, or computes something else, is left out and counted.
 """
 
 import concurrent.futures
 import copy
 import dataclasses
-import functools
-import itertools
 import json
 import math
 import os
@@ -29,20 +29,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
+from bench.attention_tiles import AttentionTiles
+from bench.scan_tiles import ScanTiles
 from tabulate import tabulate
 
 from attn_zoo import UserError, provenance
-from attn_zoo.measure import matmul_flops_per_s
-from attn_zoo.ops import pallas_attention, tuning
-from attn_zoo.ops.blocked import blocked_attention
-from attn_zoo.ops.pallas_attention import MOST_HEAD_DIM, Run
-from attn_zoo.ops.patterns import CAUSAL, Band, Pattern, block_mask, count_pairs
-from attn_zoo.ops.tuning import KERNELS, LEAST, Tile, power_of_two
+from attn_zoo.measure import copy_bytes_per_s, matmul_flops_per_s
+from attn_zoo.ops import delta, pallas_attention, pallas_linear, tuning
+from attn_zoo.ops.tuning import LEAST, MOST_HEAD_DIM, power_of_two
 from attn_zoo.spec import check, check_choice
 
-DTYPES = flags.DEFINE_list("dtypes", ["bfloat16", "float32"], "Of queries, keys and values, the most important first; float16 has the tiles of bfloat16.")
+ENGINES = (AttentionTiles, ScanTiles)
+KERNELS = flags.DEFINE_list("kernels", [kernel for engine in ENGINES for kernel in engine.kernels], "Of attention, then of scans, the most important first.")
+DTYPES = flags.DEFINE_list("dtypes", ["bfloat16", "float32"], "Of queries, keys and values, the most important first; float16 has the tiles of bfloat16, in scans of float32.")
 HEAD_DIMS = flags.DEFINE_list("head_dims", ["64", "128", "256"], "The most important first.")
-BLOCKS = flags.DEFINE_list("blocks", ["16", "32", "64", "128", "256"], "Queries, and keys, of a tile: powers of two.")
+BLOCKS = flags.DEFINE_list("blocks", ["16", "32", "64", "128", "256"], "Queries, and keys, of a tile, or features, and values: powers of two.")
+CHUNKS = flags.DEFINE_list("chunks", ["64", "128"], "Positions of a chunk of a scan: powers of two, at least the 64 of a delta rule, which has the same tiles.")
 WARPS = flags.DEFINE_list("warps", ["4", "8"], "Warps of a program: powers of two.")
 STAGES = flags.DEFINE_list("stages", ["1", "2", "3", "4"], "Stages of its load pipeline.")
 INTEGERS = [
@@ -64,70 +66,48 @@ REPORT_ONLY = flags.DEFINE_bool("report_only", False, "Write table.md and tuning
 
 TIMED_S = 5e-3  # the least that one timing takes: a kernel of some microseconds would measure its launch
 TOLERANCE = 2e-2  # of the largest value: bfloat16 weights, and products in TF32 in the engine compared with, stay below
-PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4}  # of matrices, by a kernel
 
 
-def problems(settings: dict) -> dict[str, Pattern]:
-    return {"causal": CAUSAL, "window": Band(settings["window"] - 1, 0)}
+def engine_of(kernel: str, settings: dict):
+    """The part of tuning.json that has this kernel's tiles."""
+    return next(engine(settings) for engine in ENGINES if kernel in engine.kernels)
 
 
-def candidates(kernel: str, dtype: str, H: int) -> list[Tile]:
+def candidates(engine, kernel: str, dtype: str, H: int) -> list:
     """The present tile, and all that the flags name, the nearest to it first."""
-    present = present_tile(kernel, dtype, H)
-    blocks = [block for block in numbers(BLOCKS) if block <= power_of_two(T.value)]
-    tiles = itertools.starmap(Tile, itertools.product(blocks, blocks, numbers(WARPS), numbers(STAGES)))
+    present = engine.present(kernel, dtype, H)
     steps = lambda tile: sum(abs(math.log2(a / b)) for a, b in zip(dataclasses.astuple(tile), dataclasses.astuple(present)))
-    return [present, *sorted((tile for tile in tiles if tile != present), key=steps)]
+    return [present, *sorted((tile for tile in engine.candidates(kernel, H) if tile != present), key=steps)]
 
 
-def present_tile(kernel: str, dtype: str, H: int) -> Tile:
-    return tuning.tile(kernel, CAUSAL, T.value, T.value, dtype, H)
-
-
-@functools.lru_cache(maxsize=2)
-def computed_by_xla(problem: str, dtype: str, H: int) -> dict[str, tuple]:
-    """{kernel: (its arguments, its results by the XLA engine)}."""
-    q, k, v, do = (jax.random.normal(key, (B.value, T.value, N.value, H)).astype(dtype) for key in jax.random.split(jax.random.key(0), 4))
-    pattern = problems(settings())[problem]
-
-    @jax.jit
-    def both(q, k, v, do):
-        (o, lse), pull = jax.vjp(lambda *x: blocked_attention(*x, pattern=pattern), q, k, v)
-        return o, lse.swapaxes(1, 2), *pull((do, jnp.zeros_like(lse)))
-
-    o, lse, dq, dk, dv = both(q, k, v, do)
-    forward = q, k, v, None, ()
-    backward = *forward, do, lse, (do.astype(jnp.float32) * o.astype(jnp.float32)).sum(axis=-1).swapaxes(1, 2)
-    return {"forward": (forward, (o, lse)), "dq": (backward, (dq,)), "dkv": (backward, (dk, dv))}
-
-
-def measure(kernel: str, dtype: str, H: int, deadline: float) -> tuple[list[dict], bool]:
-    """(records of all candidates on both problems, whether none was left out for want of time)."""
-    present, tiles, records, complete = present_tile(kernel, dtype, H), candidates(kernel, dtype, H), [], True
-    for problem, pattern in problems(settings()).items():
-        args, expected = computed_by_xla(problem, dtype, H)[kernel]
+def measure(engine, kernel: str, dtype: str, H: int, deadline: float) -> tuple[list[dict], bool]:
+    """(records of all candidates on all problems, whether none was left out for want of time)."""
+    tiles, records, complete = candidates(engine, kernel, dtype, H), [], True
+    for problem in engine.problems(kernel):
+        solved = {x: engine.solve(problem, dtype, H, x)[kernel] for x in {engine.arguments_of(tile): None for tile in tiles}}
 
         def compiled(tile):
             """A compiled call, the reason why there is none, or None after the deadline."""
             if time.monotonic() > deadline:
                 return None
-            run = Run(pattern, None, H**-0.5, tile, args[0].shape, args[1].shape)
+            args, _ = solved[engine.arguments_of(tile)]
             try:
-                return jax.jit(getattr(run, kernel)).lower(*args).compile()
+                return jax.jit(engine.call(kernel, problem, tile, args)).lower(*args).compile()
             except Exception as e:  # whatever it is, this tile is none to choose, and the reason is counted
                 return reason(e)
 
-        calls = []
+        timed = []
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             for tile, call in zip(tiles, pool.map(compiled, tiles)):
                 if call is None:
                     complete = False
                     continue
-                record = {"dtype": dtype, "H": H, "kernel": kernel, "problem": problem, "tile": dataclasses.astuple(tile), "present": tile == present}
+                record = {"dtype": dtype, "H": H, "kernel": kernel, "problem": problem, "tile": dataclasses.astuple(tile), "present": tile == tiles[0]}
                 records.append(record | {"status": "failed", "message": call} if isinstance(call, str) else record)
-                if not isinstance(call, str):
-                    calls.append((records[-1], call))
-        time_calls([(record, call) for record, call in calls if agrees(record, call, args, expected)], args)
+                args, expected = solved[engine.arguments_of(tile)]
+                if not isinstance(call, str) and agrees(record, call, args, expected):
+                    timed.append((record, call, args))
+        time_calls(timed)
     return records, complete
 
 
@@ -138,28 +118,30 @@ def agrees(record: dict, call, args: tuple, expected: tuple) -> bool:
     except Exception as e:
         record |= {"status": "failed", "message": reason(e)}
         return False
-    differences = [abs(a.astype(jnp.float32) - e.astype(jnp.float32)).max() / abs(e).max() for a, e in zip(jax.tree.leaves(results), expected, strict=True)]
+    pairs = zip(jax.tree.leaves(results), jax.tree.leaves(expected), strict=True)
+    # Of nothing but zeros, as is the state before a lone chunk, any other number differs.
+    differences = [abs(a.astype(jnp.float32) - e.astype(jnp.float32)).max() / jnp.maximum(abs(e).max(), 1e-30) for a, e in pairs]
     error = float(np.max(differences))  # NaN if any is
     if not error <= TOLERANCE:
         record |= {"status": "wrong", "message": f"differs from XLA by {error:.2g} of the largest value"}
         return False
-    record["status"] = "ok"
+    record |= {"status": "ok", "bytes": sum(x.nbytes for x in jax.tree.leaves((args, results)))}
     return True
 
 
-def time_calls(calls: list[tuple], args: tuple) -> None:
-    """Adds to each record the seconds of a call."""
+def time_calls(calls: list[tuple]) -> None:
+    """Adds to each record the seconds of a call, of (record, call, arguments)."""
 
-    def seconds(call, repeats):
+    def seconds(call, args, repeats):
         start = time.perf_counter()
         for _ in range(repeats):
             results = call(*args)
         jax.block_until_ready(results)
         return (time.perf_counter() - start) / repeats
 
-    repeats = [math.ceil(TIMED_S / seconds(call, 1)) for _, call in calls]
-    timings = [[seconds(call, n) for (_, call), n in zip(calls, repeats)] for _ in range(ROUNDS.value)]
-    for (record, _), *timed in zip(calls, *timings):
+    repeats = [math.ceil(TIMED_S / seconds(*call, 1)) for _, *call in calls]
+    timings = [[seconds(*call, n) for (_, *call), n in zip(calls, repeats)] for _ in range(ROUNDS.value)]
+    for (record, *_), *timed in zip(calls, *timings):
         p20, median, p80 = np.percentile(timed, (20, 50, 80)).tolist()
         record["speed"] = {"median_s": median, "p20_s": p20, "p80_s": p80, "n": len(timed)}
 
@@ -169,30 +151,40 @@ def reason(e: Exception) -> str:
     return f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"[:200]
 
 
-def medians(content: dict) -> dict[tuple, dict[Tile, dict[str, float]]]:
-    """{(dtype, H, kernel): {tile: {problem: median seconds}}}, of the tiles that every problem was solved with."""
-    found = defaultdict(lambda: defaultdict(dict))
+def medians(content: dict) -> dict[tuple, dict[str, dict[object, dict[str, float]]]]:
+    """{(engine, dtype, H): {kernel: {tile: {problem: median seconds}}}}, of the tiles that every problem was solved with."""
+    found = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
     for r in content["records"]:
         if r["status"] == "ok":
-            found[r["dtype"], r["H"], r["kernel"]][Tile(*r["tile"])][r["problem"]] = r["speed"]["median_s"]
-    everywhere = {key: {tile: at for tile, at in tiles.items() if len(at) == len(problems(content["settings"]))} for key, tiles in found.items()}
-    return {key: tiles for key, tiles in everywhere.items() if tiles}
+            engine = engine_of(r["kernel"], content["settings"])
+            found[engine.engine, r["dtype"], r["H"]][r["kernel"]][engine.tile(*r["tile"])][r["problem"]] = r["speed"]["median_s"]
+    whole = {}
+    for (name, dtype, H), kernels in found.items():
+        for kernel, tiles in kernels.items():
+            problems = engine_of(kernel, content["settings"]).problems(kernel)
+            everywhere = {tile: at for tile, at in tiles.items() if len(at) == len(problems)}
+            if everywhere:
+                whole.setdefault((name, dtype, H), {})[kernel] = everywhere
+    return whole
 
 
-def choice(tiles: dict[Tile, dict[str, float]]) -> Tile:
-    return min(tiles, key=lambda tile: math.prod(tiles[tile].values()))
+def choices(content: dict) -> Iterator[tuple]:
+    """(engine, dtype, H, {kernel: the tile to take}) of all that was measured."""
+    for (_, dtype, H), costs in medians(content).items():
+        engine = engine_of(next(iter(costs)), content["settings"])
+        yield engine, dtype, H, engine.choose(costs, dtype, H)
 
 
 def tuned(content: dict) -> dict:
     """The package's table of tiles with those chosen for this device."""
     entries = copy.deepcopy(tuning.table())
-    for (dtype, H, kernel), tiles in medians(content).items():
-        rows = entries.setdefault(content["provenance"]["device_kind"], {}).setdefault(dtype, {})
-        rows.setdefault(str(H), {})[kernel] = dataclasses.astuple(choice(tiles))
+    for engine, dtype, H, chosen in choices(content):
+        rows = entries[engine.engine].setdefault(content["provenance"]["device_kind"], {}).setdefault(dtype, {})
+        rows.setdefault(str(H), {}).update(engine.entries(chosen))
     return entries
 
 
-def text_of(entries: dict, depth: int = 3, margin: str = "") -> str:
+def text_of(entries: dict, depth: int = 4, margin: str = "") -> str:
     """JSON as tuning.json has it: a line a head dim."""
     if depth == 0:
         return json.dumps(entries)
@@ -203,57 +195,57 @@ def text_of(entries: dict, depth: int = 3, margin: str = "") -> str:
 def table(content: dict) -> str:
     """Markdown: what was chosen, how fast it is, and what was left out; from the records alone."""
     s, p, length = content["settings"], content["provenance"], content["settings"]["T"]
-    lines = [f"Tiles of the Pallas kernels, B={s['B']}, N={s['N']}, T={length}, causal and within a window of {s['window']}{', interpreted' * s['interpret']}."]
-    figures = ["ms", "× the present tile", "useful TFLOP/s", "density", "density of its blocks", "candidates"]
-    header = ["dtype", "H", "kernel", "problem", "tile (q × k)", "warps", "stages", *figures]
-    lines += ["", tabulate(_rows(content), header, tablefmt="pipe", disable_numparse=True)]
+    lines = [f"Tiles of the Pallas kernels, B={s['B']}, N={s['N']}, T={length}, a window of {s['window']}{', interpreted' * s['interpret']}."]
+    lines += ["Of attention they are queries × keys, and the rate is of useful FLOPs; of scans features × values, and the rate is of arguments and results."]
+    lines += ["", tabulate(_rows(content), "keys", tablefmt="pipe", disable_numparse=True)]
     left_out = Counter(re.sub(r"\b\d[\d.]*(e[+-]?\d+)?\b", "#", r["message"]) for r in content["records"] if r["status"] != "ok")
     lines += ["", "Left out:", *(f"- {count} × {message}" for message, count in left_out.most_common())] if left_out else []
     missing = [f"{dtype} H={H} {kernel}" for dtype, H, kernel in wanted(s) if [dtype, H, kernel] not in content["done"]]
     lines += ["", f"Not all candidates measured: {', '.join(missing)}."] if missing else []
-    rates = [r / 1e12 for r in content["matmul_flops_per_s"]]
+    rates, copies = [r / 1e12 for r in content["matmul_flops_per_s"]], [r / 1e9 for r in content["copy_bytes_per_s"]]
     code = f"jax {p['jax']}, attn_zoo {str(p['git_commit'])[:10]}{' with local changes' if p['git_dirty'] else ''}, {p['date'][:10]}"
-    measured = f"Matrix product {min(rates):.2f} to {max(rates):.2f} TFLOP/s. Medians of {s['rounds']} interleaved rounds."
+    measured = f"Matrix product {min(rates):.2f} to {max(rates):.2f} TFLOP/s, copy {min(copies):.0f} to {max(copies):.0f} GB/s. Medians of {s['rounds']} interleaved rounds."
     lines += ["", f"{p['device_kind']} ({p['cpu']}), {code}. {measured}"]
     return "\n".join(lines) + "\n"
 
 
-def _rows(content: dict) -> Iterator[list]:
-    s, length = content["settings"], content["settings"]["T"]
-    for (dtype, H, kernel), tiles in medians(content).items():
-        tile = choice(tiles)
-        for problem, pattern in problems(s).items():
-            here = [r for r in content["records"] if (r["dtype"], r["H"], r["kernel"], r["problem"]) == (dtype, H, kernel, problem)]
-            present = next((Tile(*r["tile"]) for r in here if r["present"]), None)
-            pairs, seconds = count_pairs(pattern, length, length), tiles[tile][problem]
-            computed = block_mask(pattern, length, length, tile.q_block, tile.k_block).computed_pairs
-            yield [
-                *(dtype, H, kernel, problem),
-                *(f"{tile.q_block} × {tile.k_block}", tile.num_warps, tile.num_stages),
-                f"{seconds * 1e3:.3f}",
-                f"{tiles[present][problem] / seconds:.2f}×" if present in tiles else "–",
-                f"{2 * PRODUCTS[kernel] * pairs * s['B'] * s['N'] * H / seconds / 1e12:.1f}",
-                *(f"{pairs / length**2:.4f}", f"{computed / length**2:.4f}"),
-                f"{sum(r['status'] == 'ok' for r in here)} of {len(here)}",
-            ]
+def _rows(content: dict) -> Iterator[dict]:
+    for engine, dtype, H, chosen in choices(content):
+        for kernel, tile in chosen.items():
+            for problem in engine.problems(kernel):
+                here = [r for r in content["records"] if (r["dtype"], r["H"], r["kernel"], r["problem"]) == (dtype, H, kernel, problem)]
+                measured = {tuple(r["tile"]): r for r in here if r["status"] == "ok"}
+                record, present = measured[dataclasses.astuple(tile)], next((r for r in measured.values() if r["present"]), None)
+                seconds, columns = record["speed"]["median_s"], engine.columns(record, tile)
+                yield {
+                    **{"dtype": dtype, "H": H, "kernel": kernel, "problem": problem, "tile": columns["tile"], "chunk": columns.get("chunk", "–")},
+                    **{"warps": tile.num_warps, "stages": tile.num_stages, "ms": f"{seconds * 1e3:.3f}"},
+                    "× the present tile": f"{present['speed']['median_s'] / seconds:.2f}×" if present else "–",
+                    **{name: columns.get(name, "–") for name in ("rate", "density", "density of its blocks")},
+                    "candidates": f"{len(measured)} of {len(here)}",
+                }
 
 
 def wanted(settings: dict) -> list[tuple[str, int, str]]:
-    return list(itertools.product(settings["dtypes"], settings["head_dims"], KERNELS))
+    """What is measured, in this order."""
+    takes = lambda kernel, dtype: dtype in engine_of(kernel, settings).dtypes
+    return [(dtype, H, kernel) for dtype in settings["dtypes"] for H in settings["head_dims"] for kernel in settings["kernels"] if takes(kernel, dtype)]
 
 
 def settings() -> dict:
     """What was asked for. Raises UserError for what no kernel takes."""
     for dtype in DTYPES.value:
         check_choice("--dtypes", dtype, [jnp.dtype(x).name for x in pallas_attention.DTYPES])
+    for kernel in KERNELS.value:
+        check_choice("--kernels", kernel, [kernel for engine in ENGINES for kernel in engine.kernels])
     for H in numbers(HEAD_DIMS):
         check(H <= MOST_HEAD_DIM, "--head_dims", H, f"must be at most {MOST_HEAD_DIM}")
-    for flag, least in ((BLOCKS, LEAST), (WARPS, 1)):
+    for flag, least in ((BLOCKS, LEAST), (CHUNKS, delta.CHUNK), (WARPS, 1)):
         for n in numbers(flag):
             rule = f"must be a power of two of at least {least}; nearest: {max(power_of_two(n), least)}"
             check(n >= least and n == power_of_two(n), f"--{flag.name}", n, rule)
-    lists = {flag.name: numbers(flag) for flag in (HEAD_DIMS, BLOCKS, WARPS, STAGES)}
-    return {f.name: f.value for f in (*INTEGERS, INTERPRET, DTYPES)} | lists
+    lists = {flag.name: numbers(flag) for flag in (HEAD_DIMS, BLOCKS, CHUNKS, WARPS, STAGES)}
+    return {f.name: f.value for f in (*INTEGERS, INTERPRET, KERNELS, DTYPES)} | lists
 
 
 def numbers(flag) -> list[int]:
@@ -277,7 +269,7 @@ def run(out: Path) -> None:
         device = jax.default_backend()
         rule = f"these are kernels for NVIDIA GPUs, and this runs on {device}; with --interpret, small sizes can be tried anywhere"
         check(INTERPRET.value or device == "gpu", "--interpret", False, rule)
-        pallas_attention.INTERPRET = INTERPRET.value
+        pallas_attention.INTERPRET = pallas_linear.INTERPRET = INTERPRET.value
         measure_all(path, time.monotonic() + 60 * (math.inf if MINUTES.value is None else MINUTES.value))
     if not path.exists():
         raise UserError(f"there is no {path}, and nothing was measured")
@@ -292,7 +284,7 @@ def run(out: Path) -> None:
 
 def measure_all(path: Path, deadline: float) -> None:
     """Adds to the records at `path` what they lack, if they are of the same settings, code and device; else begins anew."""
-    content = {"settings": settings(), "provenance": provenance.collect(), "matmul_flops_per_s": [], "done": [], "records": []}
+    content = {"settings": settings(), "provenance": provenance.collect(), "matmul_flops_per_s": [], "copy_bytes_per_s": [], "done": [], "records": []}
     if path.exists():
         before = json.loads(path.read_text())
         same = all(before["provenance"].get(key) == content["provenance"][key] for key in ("git_commit", "git_dirty", "cpu", "device_kind"))
@@ -302,7 +294,8 @@ def measure_all(path: Path, deadline: float) -> None:
         if [dtype, H, kernel] in content["done"] or time.monotonic() > deadline:
             continue
         content["matmul_flops_per_s"].append(matmul_flops_per_s(dtype))
-        records, complete = measure(kernel, dtype, H, deadline)
+        content["copy_bytes_per_s"].append(copy_bytes_per_s())
+        records, complete = measure(engine_of(kernel, content["settings"]), kernel, dtype, H, deadline)
         content["records"] = [r for r in content["records"] if (r["dtype"], r["H"], r["kernel"]) != (dtype, H, kernel)] + records
         content["done"] += [[dtype, H, kernel]] if complete else []
         _write(path, content)

@@ -12,17 +12,19 @@ import pytest
 
 from attn_zoo.ops import tuning
 from attn_zoo.ops.patterns import CAUSAL
-from attn_zoo.ops.tuning import KERNELS, Tile
+from attn_zoo.ops.tuning import KERNELS, ScanTile, Tile
 from tiny import ENV
 
 SCRIPT = Path(__file__).parent.parent / "experiments" / "tune.py"
 SIZES = dict(B=1, N=1, T=32, window=8, dtypes="float32", head_dims=16, blocks=16, warps=4, stages=2, rounds=1)
+ATTENTION, SCANS = ({"kernels": ",".join(kernels)} for kernels in (tuning.KERNELS, tuning.SCANS))
+RUNS = {"states": 3, "output": 1, "dv": 1, "dqk": 1}  # of a scan's kernels in a train step: states forwards, again, and their gradients
 
-
-# tune.py, where tiles of 16 queries fail in one kernel and compute something else in another.
+# tune.py, where tiles of 16 queries fail in one kernel of attention and compute something else in another, as does a kernel of scans at a chunk of 128.
 BROKEN = f"""
-import runpy
+import runpy, sys
 from attn_zoo.ops.pallas_attention import Run
+from attn_zoo.ops import pallas_linear
 
 dq, dkv = Run.dq, Run.dkv
 
@@ -36,6 +38,15 @@ def wrong(self, *args):
     return dk, dv.at[0, 0, 0, 0].set(float("nan")) if self.tile.q_block == 16 else dv
 
 Run.dq, Run.dkv = failing, wrong
+
+outputs = pallas_linear.Run.outputs
+
+def doubled(self, *args):
+    o, norm = outputs(self, *args)
+    return o * self.plan.chunk / 64, norm
+
+pallas_linear.Run.outputs = doubled
+sys.path.insert(0, {str(SCRIPT.parent)!r})
 runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
 """
 
@@ -50,7 +61,15 @@ def run(out, *options, script=None, **sizes):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tune")
-    process = run(folder, "--interpret", script=BROKEN, **SIZES)
+    process = run(folder, "--interpret", script=BROKEN, **SIZES, **ATTENTION)
+    assert process.returncode == 0, process.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tune_scans")
+    process = run(folder, "--interpret", script=BROKEN, **SIZES | SCANS | dict(T=256, warps="4,8"))
     assert process.returncode == 0, process.stderr
     return folder
 
@@ -74,8 +93,9 @@ def test_every_tile_that_computes_what_xla_does_is_timed(folder):
 def test_the_choice_is_the_fastest_and_ops_tuning_reads_it(folder, monkeypatch):
     content, entries = read(folder), json.loads((folder / "tuning.json").read_text())
     device = content["provenance"]["device_kind"]
-    assert {name: entry for name, entry in entries.items() if name != device} == tuning.table(), "other devices keep theirs"
-    assert (folder / "tuning.json").read_text().startswith(tuning.PATH.read_text().removesuffix("\n}\n")), "and their lines"
+    assert entries["scans"] == tuning.table()["scans"]
+    assert {name: entry for name, entry in entries["attention"].items() if name != device} == tuning.table()["attention"], "other devices keep theirs"
+    assert set(tuning.PATH.read_text().replace("},", "}").splitlines()) < set((folder / "tuning.json").read_text().replace("},", "}").splitlines()), "and their lines"
     monkeypatch.setattr(tuning, "table", lambda: entries)
     for kernel in KERNELS:
         chosen = tuning.tile(kernel, CAUSAL, 2**16, 2**16, jnp.float32, 16, device=device)
@@ -86,6 +106,49 @@ def test_the_choice_is_the_fastest_and_ops_tuning_reads_it(folder, monkeypatch):
         assert math.prod(seconds[chosen]) == min(map(math.prod, seconds.values()))
         for H, dtype in ((64, jnp.float32), (16, jnp.bfloat16)):  # not measured
             assert tuning.tile(kernel, CAUSAL, 2**16, 2**16, dtype, H, device=device) == tuning.tile(kernel, CAUSAL, 2**16, 2**16, dtype, H, device="default")
+
+
+def test_scans_are_held_to_what_xla_does_at_every_chunk(scans):
+    found = {(r["kernel"], r["problem"], *r["tile"]): r["status"] for r in read(scans)["records"]}
+    tiles = {kernel: [(chunk, 16, 16, warps, 2) for chunk in (64, 128) for warps in (4, 8)] for kernel in RUNS}
+    tiles["corrected"] = [(64, 16, 16, 4, 2), (64, 16, 16, 8, 2), (64, 16, 16, 8, 1)]  # the chunk of delta; the last is the default
+    assert found == {
+        (kernel, problem, *tile): "wrong" if (kernel, tile[0]) == ("output", 128) else "ok"
+        for kernel in tuning.SCANS
+        for problem in (["delta"] if kernel == "corrected" else ["linear", "decayed"])
+        for tile in tiles[kernel]
+    }
+
+
+@pytest.mark.parametrize("slower", [1, 1000], ids=["measured", "short-chunks-slow"])
+def test_the_chunk_is_the_fastest_of_those_that_all_kernels_serve(scans, slower, tmp_path, monkeypatch):
+    """Times of 64 positions are multiplied; 128 is the choice only when the records say that every kernel serves it."""
+    content = read(scans)
+    for serves in (False, True):
+        for r in content["records"]:
+            if serves and r["status"] == "wrong":
+                r |= {"status": "ok", "bytes": 1, "speed": {"median_s": 1e-9}}
+            if not serves and r["status"] == "ok" and r["tile"][0] == 64:
+                r["speed"]["median_s"] *= slower
+        (tmp_path / "records.json").write_text(json.dumps(content))
+        assert run(tmp_path, "--report_only").returncode == 0
+        entries = json.loads((tmp_path / "tuning.json").read_text())
+        monkeypatch.setattr(tuning, "table", lambda: entries)
+        device = content["provenance"]["device_kind"]
+        seconds = {}
+        for r in content["records"]:
+            if r["status"] == "ok":
+                seconds.setdefault((r["kernel"], r["tile"][0]), {}).setdefault(tuple(r["tile"][1:]), []).append(r["speed"]["median_s"])
+        best = {key: min(tiles, key=lambda tile: math.prod(tiles[tile])) for key, tiles in seconds.items()}
+        chunks = [64, 128] if serves else [64]
+        total = lambda chunk: math.prod(sum(n * seconds[kernel, chunk][best[kernel, chunk]][p] for kernel, n in RUNS.items()) for p in (0, 1))
+        chunk = min(chunks, key=total)
+        assert slower == 1 or chunk == max(chunks)
+        assert tuning.scan_chunk(jnp.float32, 16, device=device) == chunk
+        for kernel in tuning.SCANS:
+            tile = ScanTile(*best[kernel, 64 if kernel == "corrected" else chunk])
+            assert tuning.scan_tile(kernel, jnp.float32, 16, device=device) == tile
+            assert tuning.scan_tile(kernel, jnp.float32, 64, device=device) == tuning.scan_tile(kernel, jnp.float32, 64, device="default")
 
 
 def test_the_table_follows_from_the_records_and_counts_what_is_left_out(folder, tmp_path):
@@ -107,10 +170,12 @@ def test_the_table_follows_from_the_records_and_counts_what_is_left_out(folder, 
         ((), {}, "kernels for NVIDIA GPUs, and this runs on cpu"),
         (("--report_only",), {}, "there is no"),
         (("--interpret",), {"blocks": 48}, "--blocks=48: must be a power of two of at least 16; nearest: 64"),
+        (("--interpret",), {"chunks": 32}, "--chunks=32: must be a power of two of at least 64; nearest: 64"),
+        (("--interpret",), {"kernels": "dqkv"}, "--kernels='dqkv': must be one of"),
         (("--interpret",), {"dtypes": "float8"}, "--dtypes='float8': must be one of"),
         (("--interpret",), {"stages": "two"}, "--stages='two': must be a whole number"),
     ],
-    ids=["no-gpu", "no-records", "blocks", "dtypes", "stages"],
+    ids=["no-gpu", "no-records", "blocks", "chunks", "kernels", "dtypes", "stages"],
 )
 def test_what_cannot_be_measured_costs_one_line(options, sizes, message, tmp_path):
     process = run(tmp_path, *options, **sizes)

@@ -16,7 +16,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from attn_zoo.ops.native_delta import native_delta_rule
-from attn_zoo.ops.pallas_linear import chunk_of, corrected_sums
+from attn_zoo.ops.pallas_linear import corrected_sums
+from attn_zoo.ops.tuning import fit
 
 CHUNK = 64  # positions per step of the scan, a power of two
 
@@ -37,7 +38,7 @@ def delta_rule(
     wide = jnp.promote_types(v_BTKH.dtype, jnp.float32)
     if backend == "pallas":
         q, k, v, beta = (x.astype(wide) for x in (q_BTNR, k_BTKR, v_BTKH, beta_BTK))
-        c = chunk_of(T, CHUNK)
+        c = fit(CHUNK, T)
         # The systems are solved in float32; between chunks the matrix units multiply in the precision of the values, and add in float32.
         return corrected_sums(*(x.astype(v_BTKH.dtype) for x in (q, k, *wy_form(k, v, beta, c))), chunk=c)
     c = min(CHUNK, 1 << (T - 1).bit_length())

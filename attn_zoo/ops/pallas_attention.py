@@ -17,11 +17,10 @@ from jaxtyping import Array, Bool, Float
 from attn_zoo.ops.blocked import ScoreMod
 from attn_zoo.ops.pallas_kernels import NEVER, Scoring, dkv_kernel, dq_kernel, forward_kernel, replace_tables, tables_of
 from attn_zoo.ops.patterns import FULL, BlockMask, Pattern, block_mask, table_rows
-from attn_zoo.ops.tuning import KERNELS, LEAST, Tile, power_of_two, tile
+from attn_zoo.ops.tuning import KERNELS, LEAST, MOST_HEAD_DIM, Tile, power_of_two, tile
 from attn_zoo.spec import Unsupported
 
 INTERPRET = False  # tests set it: the kernels then run on any device, slowly
-MOST_HEAD_DIM = 256
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 

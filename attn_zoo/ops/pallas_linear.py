@@ -7,7 +7,7 @@ nothing is kept but the inputs. They are compiled by Pallas' Triton backend, lik
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,30 +15,38 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from attn_zoo.ops.pallas_linear_kernels import Form, dqk_kernel, dv_kernel, output_kernel, states_kernel
-from attn_zoo.ops.tuning import LEAST, power_of_two
+from attn_zoo.ops.pallas_linear_kernels import Form, dqk_kernel, dv_kernel, factor_of, output_kernel, states_kernel
+from attn_zoo.ops.tuning import SCANS, ScanTile, fit, scan_chunk, scan_tile
 from attn_zoo.spec import Unsupported
 
 INTERPRET = False  # tests set it: the kernels then run on any device, slowly
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 MOST_CORRECTED = 256  # features of a delta rule, whose programs hold all of them at once: with 512, compiled ones spill a kilobyte a thread
 
-CHUNK = 64  # positions
 
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a problem is computed: positions of a chunk, the inputs' dtype, and the tiles of the kernels that it runs, each by its name in tuning.SCANS."""
 
-class Tiling(NamedTuple):
-    """Features and values of a tile, powers of two; warps of a program; stages of its load pipeline."""
+    chunk: int
+    dtype: Any
+    tiles: tuple[tuple[str, ScanTile], ...]
 
-    features: int
-    values: int
-    warps: int
-    stages: int
+    @classmethod
+    def of(cls, chunk: int, dtype, R: int, H: int, kernels) -> "Plan":
+        """The tuned tiles of these kernels, no wider than R features and H values need."""
+        tuned = {kernel: scan_tile(kernel, dtype, H) for kernel in kernels}
+        tiles = {name: dataclasses.replace(t, features=fit(t.features, R), values=fit(t.values, H)) for name, t in tuned.items()}
+        return cls(chunk, jnp.dtype(dtype), tuple(tiles.items()))
 
+    @property
+    def widest(self) -> tuple[int, int]:
+        """Features and values of which whole tiles of every kernel can be made."""
+        return max(tile.features for _, tile in self.tiles), max(tile.values for _, tile in self.tiles)
 
-# None has been timed on a GPU yet. Compiled for compute capability 8.6 and 9.0 they keep to its shared memory and spill few registers or none.
-STATES = Tiling(32, 32, 4, 2)  # small, since its programs are few: each goes through the whole sequence
-CORRECTED = Tiling(32, 16, 8, 1)  # of a program with all features
-CHUNKS = {2: Tiling(64, 64, 4, 2), 4: Tiling(32, 32, 8, 2)}  # by the bytes of a factor
+    def form(self, kernel: str) -> Form:
+        tile = dict(self.tiles)[kernel]
+        return Form(self.chunk, tile.features, tile.values, self.dtype)
 
 
 def serves(dtype, corrected: int = 0) -> bool | str:
@@ -55,13 +63,13 @@ def causal_sums(
 
     All sums are in float32; of bfloat16 values, all factors of products are bfloat16, as the matrix units want them. Raises Unsupported, with the reason, for what `serves` refuses.
     """
-    form, length, (q, k, v) = _whole(CHUNK, q_BTNR, k_BTKR, v_BTKH)
+    plan, (q, k, v) = _whole(None, q_BTNR, k_BTKR, v_BTKH)
     L = None
     if log_decay_BTK is not None:
         # Of a decay that is a constant XLA would compute the sums while it compiles, for ten seconds and more.
-        steps = lax.optimization_barrier(_pad(log_decay_BTK.astype(jnp.float32), {1: length})).reshape(len(v), -1, form.chunk, v.shape[2])
-        L = jnp.moveaxis(jnp.cumsum(steps, axis=2).reshape(len(v), length, -1), 1, 2)
-    o, norm = _scan(form, True, q, k, v, L, None)
+        steps = lax.optimization_barrier(_pad(log_decay_BTK.astype(jnp.float32), {1: v.shape[1]})).reshape(len(v), -1, plan.chunk, v.shape[2])
+        L = jnp.moveaxis(jnp.cumsum(steps, axis=2).reshape(*v.shape[:2], -1), 1, 2)
+    o, norm = _scan(plan, True, q, k, v, L, None)
     T, H = q_BTNR.shape[1], v_BTKH.shape[3]
     return o[:, :T, :, :H], norm[..., :T].swapaxes(1, 2)
 
@@ -73,52 +81,41 @@ def corrected_sums(
 
     chunk: positions, a power of two of at least 16. Raises Unsupported, with the reason, for what `serves` refuses.
     """
-    form, _, (q, k, w, u) = _whole(chunk, q_BTNR, k_BTKR, w_BTKR, u_BTKH, corrected=k_BTKR.shape[3])
-    return _scan(form, False, q, k, u, None, w)[0][:, : q_BTNR.shape[1], :, : u_BTKH.shape[3]]
+    plan, (q, k, w, u) = _whole(chunk, q_BTNR, k_BTKR, w_BTKR, u_BTKH, corrected=k_BTKR.shape[3])
+    return _scan(plan, False, q, k, u, None, w)[0][:, : q_BTNR.shape[1], :, : u_BTKH.shape[3]]
 
 
-def chunk_of(T: int, most: int) -> int:
-    """Positions of a chunk of a sequence of T: a power of two, at least 16 and, if `most` is, at most that."""
-    return max(LEAST, min(most, power_of_two(T)))
-
-
-def _whole(chunk: int, *arrays, corrected: int = 0):
-    """(form, positions, arrays): in one dtype, bfloat16 if the values are, and in whole chunks and tiles. The first arrays are [..., R], the last one [..., H]."""
+def _whole(chunk: int | None, *arrays, corrected: int = 0):
+    """(plan, arrays): in one dtype, bfloat16 if the values are, and in whole chunks and tiles. The first arrays are [..., R], the last one [..., H]. None: the tuned chunk."""
     dtype = arrays[-1].dtype if arrays[-1].dtype == jnp.bfloat16 else jnp.result_type(*arrays)
     reason = serves(dtype, corrected)
     if reason is not True:
         raise Unsupported(f"the Pallas kernels cannot serve here: {reason}")
     (T, _, R), H = arrays[0].shape[1:], arrays[-1].shape[3]
-    tiling = _tiling(dtype)
-    fit = lambda most, size: max(LEAST, min(most, power_of_two(size)))
-    form = Form(chunk_of(T, chunk), fit(tiling.features, R), fit(tiling.values, H), jnp.dtype(dtype))
+    kernels = [kernel for kernel in SCANS if kernel != ("states" if corrected else "corrected")]
+    plan = Plan.of(fit(chunk or scan_chunk(dtype, H), T), dtype, R, H, kernels)
     ceil = lambda size, step: -(-size // step) * step
-    length, R, H = ceil(T, form.chunk), ceil(R, form.r_tile), ceil(H, form.h_tile)
-    return form, length, [_pad(x.astype(dtype), {1: length, 3: H if x is arrays[-1] else R}) for x in arrays]
-
-
-def _tiling(dtype) -> Tiling:
-    """Of what takes a chunk at once."""
-    return CHUNKS[2 if dtype == jnp.bfloat16 else 4]
+    length, R, H = (ceil(*pair) for pair in zip((T, R, H), (plan.chunk, *plan.widest), strict=True))
+    return plan, [_pad(x.astype(dtype), {1: length, 3: H if x is arrays[-1] else R}) for x in arrays]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _scan(form: Form, normed: bool, q, k, v, L, w):
+def _scan(plan: Plan, normed: bool, q, k, v, L, w):
     """(o, norm [B, N, T] or None) of arrays in whole chunks and tiles; L [B, K, T] is None without decay, w without a correction. v is U where there is w."""
-    run = _Kernels(form, q, v)
+    run = Run(plan, q, v)
     states, totals, values = run.states(k, v, L, w, normed)
     return run.outputs(q, k, values, L, states, totals)
 
 
-def _scan_fwd(form, normed, *inputs):
-    return _scan(form, normed, *inputs), inputs
+def _scan_fwd(plan, normed, *inputs):
+    return _scan(plan, normed, *inputs), inputs
 
 
-def _scan_bwd(form, normed, inputs, cotangents):
+def _scan_bwd(plan, normed, inputs, cotangents):
     q, k, v, L, w = inputs
     do, dnorm = cotangents
-    do = do.astype(form.factor)
-    run = _Kernels(form, q, v)
+    run = Run(plan, q, v)
+    do = do.astype(run.factor)
     states, totals, values = run.states(k, v, L, w, normed)
     dw = None
     if w is None:
@@ -126,7 +123,7 @@ def _scan_bwd(form, normed, inputs, cotangents):
         dv = run.dv(q, k, do, L, dstates)
     else:
         dstates, dtotals, dv = run.state_gradients(q, do, dnorm, L, correction=(-w, k, run.dv(q, k, do, L, None)))
-        chunks = dv.reshape(len(dv), -1, form.chunk, *dv.shape[2:])
+        chunks = dv.reshape(len(dv), -1, plan.chunk, *dv.shape[2:])
         dw = -jnp.einsum("BCSKH,BKCRH->BCSKR", chunks, states, precision="highest").reshape(w.shape).astype(w.dtype)
     dq, dk, dL = run.dqk(q, k, values, do, dnorm, L, states, dstates, totals, dtotals)
     return dq, dk, dv, dL, dw
@@ -135,7 +132,7 @@ def _scan_bwd(form, normed, inputs, cotangents):
 _scan.defvjp(_scan_fwd, _scan_bwd)
 
 
-class _Kernels:
+class Run:
     """The kernels over one problem, whose sizes are whole chunks and tiles: what each gets, and which part of it each program.
 
     An array is given with its axes, a letter each, which name the part that one program has: b its sequence; n its head, k the key head of its query head, g
@@ -143,10 +140,11 @@ class _Kernels:
     R and H are all chunks, positions, features and values, and 0 is the first of all.
     """
 
-    def __init__(self, form: Form, q, v):
-        self.form, self.B, self.T, self.N, self.R = form, *q.shape
+    def __init__(self, plan: Plan, q, v):
+        self.plan, self.B, self.T, self.N, self.R = plan, *q.shape
         self.K, self.H = v.shape[2:]
-        self.C = self.T // form.chunk
+        self.C = self.T // plan.chunk
+        self.dtype, self.factor = plan.dtype, factor_of(plan.dtype)
 
     def states(self, k, v, L, w, normed: bool):
         """(states before every chunk [B, K, C, R, H], totals [y, B, K, C, R] or None, values corrected by w, or v itself)."""
@@ -163,40 +161,42 @@ class _Kernels:
         """Of given (k, v, one) and correction (write, read, offset)."""
         k, v, one = given
         write, read, offset = correction or (None, None, None)
-        tiling = CORRECTED if correction else STATES
-        form = dataclasses.replace(self.form, r_tile=min(tiling.features, self.form.r_tile), h_tile=min(tiling.values, self.form.h_tile))
-        part, r = ("R", 1) if correction else ("r", self.R // form.r_tile)
+        name, part = ("corrected", "R") if correction else ("states", "r")
         inputs = [(L, "bnT"), (k, f"bTg{part}"), (v, "bTgh"), (one, "bgT"), (write, "bTnR"), (read, "bTnR"), (offset, "bTnh")]
-        outputs = [(form.factor, f"bnC{part}h"), (jnp.float32 if normed else None, f"ybnC{part}"), (form.dtype if correction else None, "bTnh")]
+        outputs = [(self.factor, f"bnC{part}h"), (jnp.float32 if normed else None, f"ybnC{part}"), (self.dtype if correction else None, "bTnh")]
         group = 1 if k is None else k.shape[2] // self.K
-        return self.call(states_kernel, inputs, outputs, self.K, tiling, form, group=group, r=r, h=self.H // form.h_tile, reverse=reverse)
+        return self.call(name, states_kernel, inputs, outputs, self.K, "h" if correction else "rh", group=group, reverse=reverse)
 
     def outputs(self, q, k, v, L, states, totals):
         """(o [B, T, N, H], norm [B, N, T] or None), float32."""
         inputs = [(L, "bkt"), (q, "btnR"), (k, "btkR"), (v, "btkh"), (states, "bkiRh"), (totals, "0bkiR")]
         outputs = [(jnp.float32, "btnh"), (None if totals is None else jnp.float32, "ybnt")]
-        o, norm = self.call(output_kernel, inputs, outputs, self.N, h=self.H // self.form.h_tile, i=self.C)
+        o, norm = self.call("output", output_kernel, inputs, outputs, self.N, "hi")
         return o, None if norm is None else norm[0]
 
     def dv(self, q, k, do, L, dstates):
         """[B, T, K, H]; the part of it within chunks, if without `dstates`."""
         inputs = [(L, "bnt"), (q, "btgR"), (k, "btnR"), (do, "btgh"), (dstates, "bniRh")]
-        return self.call(dv_kernel, inputs, [(self.form.dtype, "btnh")], self.K, h=self.H // self.form.h_tile, i=self.C)[0]
+        return self.call("dv", dv_kernel, inputs, [(self.dtype, "btnh")], self.K, "hi")[0]
 
     def dqk(self, q, k, v, do, dnorm, L, states, dstates, totals, dtotals):
         """(dq, dk, dL [B, K, T] or None)."""
         inputs = [(L, "bnt"), (q, "btgr"), (k, "btnr"), (v, "btnH"), (do, "btgH"), (dnorm, "bgt")]
         inputs += [(states, "bnirH"), (dstates, "bnirH"), (totals, "0bnir"), (dtotals, "0bnir")]
-        outputs = [(self.form.dtype, "btgr"), (self.form.dtype, "btnr"), (None if L is None else jnp.float32, "xbnt")]
-        dq, dk, dL = self.call(dqk_kernel, inputs, outputs, self.K, r=self.R // self.form.r_tile, i=self.C)
+        outputs = [(self.dtype, "btgr"), (self.dtype, "btnr"), (None if L is None else jnp.float32, "xbnt")]
+        dq, dk, dL = self.call("dqk", dqk_kernel, inputs, outputs, self.K, "ri")
         return dq, dk, None if dL is None else dL.sum(axis=0)
 
-    def call(self, kernel, inputs, outputs, heads, tiling: Tiling | None = None, form: Form | None = None, *, group=None, r=1, h=1, i=1, **static):
-        """Runs `kernel` for r x h tiles, i chunks, these heads and all sequences. Outputs are (dtype, axes); an array or a dtype that is None is left out."""
+    def call(self, name: str, kernel, inputs, outputs, heads: int, spread: str, *, group: int | None = None, **static):
+        """Runs `kernel`, with the tile of `name`, for these heads and all sequences, and for all tiles or chunks of each axis in `spread`, of r, h and i.
+
+        Outputs are (dtype, axes); an array or a dtype that is None is left out.
+        """
         from jax.experimental.pallas import triton  # here, so that machines that never run it need not have it
 
-        tiling, form = tiling or _tiling(self.form.dtype), form or self.form
+        form, tile = self.plan.form(name), dict(self.plan.tiles)[name]
         G = self.N // self.K if group is None else group
+        r, h, i = (size if letter in spread else 1 for letter, size in (("r", self.R // form.r_tile), ("h", self.H // form.h_tile), ("i", self.C)))
         # Letter: (size, the part of one program, or None for a single one, which part that is).
         axes = {
             "b": (self.B, None, lambda r, h, i, n, b: b),
@@ -223,7 +223,7 @@ class _Kernels:
             in_specs=[None if x is None else spec(letters) for x, letters in inputs],
             out_specs=tuple(None if dtype is None else spec(letters) for dtype, letters in outputs),
             out_shape=tuple(shape(*output) for output in outputs),
-            compiler_params=triton.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
+            compiler_params=triton.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages),
             interpret=INTERPRET,
             name=kernel.__name__,
         )(*(x for x, _ in inputs))

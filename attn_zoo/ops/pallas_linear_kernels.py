@@ -26,6 +26,11 @@ from jax.experimental import pallas as pl
 FLOAT32 = lax.Precision.HIGHEST  # of products of float32 inputs; DotAlgorithmPreset.TF32_TF32_F32_X3 would give them to tensor cores, in three parts
 
 
+def factor_of(dtype):
+    """The dtype of the factors of products, and of states in memory. float16 is computed in TF32, of the same digits, and the range that sums need."""
+    return jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
+
+
 @dataclasses.dataclass(frozen=True)
 class Form:
     """What a kernel knows at compile time: positions of a chunk, features and values of a tile (powers of two, at least 16), and the inputs' dtype."""
@@ -37,8 +42,7 @@ class Form:
 
     @property
     def factor(self):
-        """The dtype of the factors of products, and of states in memory. float16 is computed in TF32, of the same digits, and the range that sums need."""
-        return jnp.bfloat16 if self.dtype == jnp.bfloat16 else jnp.float32
+        return factor_of(self.dtype)
 
     def dot(self, a, b, a_axis: int, b_axis: int):
         """The product of two matrices over these axes, in float32. Of float32 inputs it is exact to float32, where the default would be TF32."""

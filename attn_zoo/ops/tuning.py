@@ -1,10 +1,11 @@
-"""Tile sizes of the Pallas kernels: a table by device, dtype and head dim (tuning.json), fitted to the pattern and the lengths.
+"""Tile sizes of the Pallas kernels: a table by device, dtype and head dim (tuning.json), those of attention fitted to the pattern and the lengths.
 
-    {device kind, as JAX names it, or "default": {dtype: {largest head dim: {kernel: [block_q, block_k, num_warps, num_stages]}}}}
+    {"attention": {device kind, as JAX names it, or "default": {dtype: {largest head dim: {kernel: [block_q, block_k, num_warps, num_stages]}}}},
+     "scans":     {device kind or "default": {dtype: {largest head dim: {"chunk": positions, kernel: [features, values, num_warps, num_stages]}}}}}
 
 The default entries are small enough for the shared memory of any GPU since compute capability 8.0. Those of the H200 are large tiles that compile for
-it with next to no register spills (tests/ahead); no entry has been timed against others yet, which experiments/tune.py does. What a device lacks is the default's, and
-float16 is as bfloat16.
+it with next to no register spills (tests/ahead); no entry has been timed against others yet, which experiments/tune.py does. What a device lacks is the default's.
+float16 is as bfloat16 in attention, and as float32 in scans, which compute it in TF32.
 """
 
 import dataclasses
@@ -19,6 +20,8 @@ from attn_zoo.ops.patterns import Pattern
 from attn_zoo.spec import UserError
 
 KERNELS = ("forward", "dq", "dkv")
+SCANS = ("states", "output", "dv", "dqk", "corrected")  # "corrected" is "states" under a delta rule
+MOST_HEAD_DIM = 256  # the last row of a table; scans of more values have its tiles
 PATH = Path(__file__).parent / "tuning.json"
 LEAST = 16  # rows and columns that the matrix units of a GPU take at once
 
@@ -33,19 +36,44 @@ class Tile:
     num_stages: int
 
 
+@dataclasses.dataclass(frozen=True)
+class ScanTile:
+    """Features and values that one step of a scan's kernel takes, powers of two; warps of a program; stages of its load pipeline."""
+
+    features: int
+    values: int
+    num_warps: int
+    num_stages: int
+
+
 def tile(kernel: str, pattern: Pattern, T: int, S: int, dtype, head_dim: int, *, device: str | None = None, block: int | None = None) -> Tile:
     """The tile of one of KERNELS: the device's own or the default, no wider than pattern and lengths need; `block` overrides both sizes."""
-    chosen = _entry(kernel, jnp.dtype(dtype).name, head_dim, _device_kind() if device is None else device)
+    chosen = Tile(*_entry("attention", kernel, jnp.dtype(dtype).name, head_dim, device))
     if block is not None:
         return dataclasses.replace(chosen, q_block=block, k_block=block)
-    most = _widest(pattern)
-    fit = lambda size, length: max(LEAST, min(size, power_of_two(length), size if most is None else most))
-    return dataclasses.replace(chosen, q_block=fit(chosen.q_block, T), k_block=fit(chosen.k_block, S))
+    widest = _widest(pattern)
+    at_most = lambda size: size if widest is None else min(size, widest)
+    return dataclasses.replace(chosen, q_block=fit(at_most(chosen.q_block), T), k_block=fit(at_most(chosen.k_block), S))
+
+
+def scan_tile(kernel: str, dtype, head_dim: int, *, device: str | None = None) -> ScanTile:
+    """The tile of one of SCANS, of values of this head dim: the device's own or the default."""
+    return ScanTile(*_entry("scans", kernel, _computed(dtype), min(head_dim, MOST_HEAD_DIM), device))
+
+
+def scan_chunk(dtype, head_dim: int, *, device: str | None = None) -> int:
+    """Positions of a chunk of a scan, a power of two: the device's own or the default."""
+    return _entry("scans", "chunk", _computed(dtype), min(head_dim, MOST_HEAD_DIM), device)
 
 
 def power_of_two(n: int) -> int:
     """The least power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+def fit(most: int, size: int) -> int:
+    """A power of two, at most `most` and no more than `size` needs, but at least what the matrix units take."""
+    return max(LEAST, min(most, power_of_two(size)))
 
 
 def _widest(pattern: Pattern) -> int | None:
@@ -56,17 +84,23 @@ def _widest(pattern: Pattern) -> int | None:
     return None if pattern.width is None else max(32, power_of_two(-(-pattern.width // 2)))
 
 
-def _entry(kernel: str, dtype: str, head_dim: int, device: str) -> Tile:
-    dtypes = table().get(device, {})
-    for rows in (dtypes.get(dtype), dtypes.get(_like(dtype)), table()["default"][_like(dtype)]):
+def _entry(engine: str, kernel: str, dtype: str, head_dim: int, device: str | None):
+    entries = table()[engine]
+    dtypes = entries.get(_device_kind() if device is None else device, {})
+    for rows in (dtypes.get(dtype), dtypes.get(_like(dtype)), entries["default"][_like(dtype)]):
         wide_enough = [H for H in rows or () if int(H) >= head_dim and kernel in rows[H]]
         if wide_enough:
-            return Tile(*rows[min(wide_enough, key=int)][kernel])
+            return rows[min(wide_enough, key=int)][kernel]
     raise UserError(f"head_dim={head_dim}: there are no tiles for more than {max(map(int, rows))}")
 
 
 def _like(dtype: str) -> str:
     return "bfloat16" if dtype == "float16" else dtype
+
+
+def _computed(dtype) -> str:
+    """The dtype of a scan's factors."""
+    return "bfloat16" if dtype == jnp.bfloat16 else "float32"
 
 
 @functools.cache

@@ -295,18 +295,30 @@ def test_plan_gives_the_density_of_blocks_beside_that_of_pairs(gpu):
     assert plan["backend"] == "pallas" and plan["computed_density"] == mask.computed_pairs / 1024**2 > plan["density"]
 
 
-ENTRIES = [
-    (device, dtype, H, kernel)
-    for device, dtypes in tuning.table().items()
-    for dtype, rows in dtypes.items()
-    for H, kernel in itertools.product(rows, tuning.KERNELS)
-]
+def entries(engine, kernels):
+    """(device, dtype, head dim, kernel) of all that the table has."""
+    rows = [(device, dtype, H) for device, dtypes in tuning.table()[engine].items() for dtype, widths in dtypes.items() for H in widths]
+    return [(*row, kernel) for row, kernel in itertools.product(rows, kernels)]
+
+
+ENTRIES = entries("attention", tuning.KERNELS)
 
 
 @pytest.mark.parametrize("device, dtype, H, kernel", ENTRIES)
 def test_tuned_tiles_are_what_the_compiler_takes(device, dtype, H, kernel):
     tile = tuning.tile(kernel, FULL, 2**16, 2**16, dtype, int(H), device=device)
     assert all(x >= 16 and x & (x - 1) == 0 for x in (tile.q_block, tile.k_block)) and tile.num_warps in (1, 2, 4, 8, 16) and tile.num_stages >= 1
+
+
+@pytest.mark.parametrize("device, dtype, H, kernel", entries("scans", tuning.SCANS))
+def test_tuned_tiles_of_scans_are_what_the_compiler_takes(device, dtype, H, kernel):
+    tile, chunk = tuning.scan_tile(kernel, dtype, int(H), device=device), tuning.scan_chunk(dtype, int(H), device=device)
+    assert all(x >= 16 and x & (x - 1) == 0 for x in (tile.features, tile.values, chunk)) and tile.num_warps in (1, 2, 4, 8, 16) and tile.num_stages >= 1
+
+
+def test_scans_in_float16_have_the_tiles_of_float32_and_wide_ones_those_of_the_last_row():
+    assert tuning.scan_tile("dqk", jnp.float16, 64) == tuning.scan_tile("dqk", jnp.float32, 64) != tuning.scan_tile("dqk", jnp.bfloat16, 64)
+    assert tuning.scan_tile("dqk", jnp.bfloat16, 1000) == tuning.scan_tile("dqk", jnp.bfloat16, 256)
 
 
 @pytest.mark.parametrize("dtype, H, kernel", [entry[1:] for entry in ENTRIES if entry[0] == "default"])

@@ -15,6 +15,7 @@ from attn_zoo.ops.backends import choose_scan
 from attn_zoo.ops.decayed import decayed_sums
 from attn_zoo.ops.delta import delta_rule
 from attn_zoo.ops.linear import kernel_sums
+from attn_zoo.ops.tuning import scan_chunk
 from attn_zoo.spec import Unsupported, UserError
 
 
@@ -99,7 +100,7 @@ def test_equals_a_loop(interpreted):
 
 def test_what_fades_at_once_overflows_nowhere(interpreted, monkeypatch):
     """At 40 a position the running sum within a chunk reaches a thousand, and its exponentials leave float32. In equal chunks it loses equal digits."""
-    monkeypatch.setattr(decayed, "CHUNK", kernels.CHUNK)
+    monkeypatch.setattr(decayed, "CHUNK", scan_chunk(jnp.float32, 9))
     args = inputs(140, decay=40.0)
     actual, expected = (results(functools.partial(fades, backend=backend), args) for backend in ("pallas", "xla"))
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(actual))
