@@ -116,7 +116,7 @@ class Run:
         self.B, self.T, self.N, self.H = q_shape
         self.S, self.K = k_shape[1:3]
         self.tile, self.pattern = tile, pattern
-        self.scoring = Scoring(pattern, fn, scale, self.S, tile.q_block, tile.k_block)
+        self.scoring = Scoring(pattern, fn, scale, self.S, tile.q_block, tile.k_block, INTERPRET)
         self.mask = block_mask(pattern, self.T, self.S, tile.q_block, tile.k_block)
         self.rows, self.columns = self.mask.num_q * tile.q_block, self.mask.num_k * tile.k_block
         self.wide = max(LEAST, power_of_two(self.H))
@@ -230,7 +230,8 @@ def _with_gradient(fn):
 
 def _obstacle(f, *args) -> str | None:
     """What keeps `f` out of a kernel: an array that it closes over, or an operation that is not elementwise."""
-    traced = jax.make_jaxpr(f)(*args)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):  # under a caller's mesh JAX would add to gradients where they should lie
+        traced = jax.make_jaxpr(f)(*args)
     equations = list(_equations(traced.jaxpr))
     if traced.consts or any(isinstance(x, Literal) and np.ndim(x.val) for equation in equations for x in equation.invars):
         return "reads an array that it closes over"

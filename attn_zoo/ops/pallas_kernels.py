@@ -35,6 +35,12 @@ class Scoring:
     S: int
     q_block: int
     k_block: int
+    interpret: bool
+
+    def dot(self, a, b, a_axis: int, b_axis: int):
+        """The product of two matrices over these axes, in float32."""
+        precision = precision_of_float32(self.interpret) if a.dtype == jnp.float32 else None
+        return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
     def scores(self, products, i, j, partial, valid, params, tables):
         """(log2(e) times the scores of one tile, NEG where hidden; the pull-back of the unscaled-by-log2(e) scores to scale * products and params).
@@ -63,10 +69,10 @@ def forward_kernel(blocks, tables, params, q_ref, k_ref, v_ref, valid_ref, o_ref
         top, total, acc = carry
         rows = pl.ds(block * bk, bk)
         valid = None if valid_ref is None else valid_ref[rows][None, :] != 0
-        scores, _ = scoring.scores(_dot(q, k_ref[rows, :], 1, 1), i, block * bk + _row(bk), partial, valid, params, tables)
+        scores, _ = scoring.scores(scoring.dot(q, k_ref[rows, :], 1, 1), i, block * bk + _row(bk), partial, valid, params, tables)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
         p, shrink = jnp.exp2(scores - new_top[:, None]), jnp.exp2(top - new_top)
-        acc = acc * shrink[:, None] + _dot(p.astype(v_ref.dtype), v_ref[rows, :], 1, 0)
+        acc = acc * shrink[:, None] + scoring.dot(p.astype(v_ref.dtype), v_ref[rows, :], 1, 0)
         return new_top, total * shrink + jnp.sum(p, axis=1), acc
 
     # The running maximum starts far above NEG: hidden pairs get weight exp2(NEG - NEG / 2) = 0 even in a row that sees nothing.
@@ -89,10 +95,10 @@ def dq_kernel(blocks, tables, params, q_ref, k_ref, v_ref, valid_ref, do_ref, ls
         rows = pl.ds(block * bk, bk)
         k = k_ref[rows, :]
         valid = None if valid_ref is None else valid_ref[rows][None, :] != 0
-        scores, pull = scoring.scores(_dot(q, k, 1, 1), i, block * bk + _row(bk), partial, valid, params, tables)
-        draw, dparams_here = pull(jnp.exp2(scores - lse) * (_dot(do, v_ref[rows, :], 1, 1) - delta))
+        scores, pull = scoring.scores(scoring.dot(q, k, 1, 1), i, block * bk + _row(bk), partial, valid, params, tables)
+        draw, dparams_here = pull(jnp.exp2(scores - lse) * (scoring.dot(do, v_ref[rows, :], 1, 1) - delta))
         dparams = [sum_ + jnp.sum(x, axis=1) for sum_, x in zip(dparams, jax.tree.leaves(dparams_here))]
-        return dq + _dot(draw.astype(k.dtype), k, 1, 0), dparams
+        return dq + scoring.dot(draw.astype(k.dtype), k, 1, 0), dparams
 
     start = jnp.zeros(q.shape, jnp.float32), [jnp.zeros((bq,), jnp.float32) for _ in dparam_refs]
     dq, dparams = _over_blocks(blocks, c, body, start)
@@ -114,10 +120,10 @@ def dkv_kernel(blocks, tables, params, q_ref, k_ref, v_ref, valid_ref, do_ref, l
             dk, dv = carry
             rows = pl.ds(block * bq, bq)
             q, do = q_ref[rows, g, :], do_ref[rows, g, :]
-            scores, pull = scoring.scores(_dot(k, q, 1, 1), block * bq + _row(bq), j, partial, valid, here, tables)
+            scores, pull = scoring.scores(scoring.dot(k, q, 1, 1), block * bq + _row(bq), j, partial, valid, here, tables)
             p = jnp.exp2(scores - LOG2E * lse_ref[g, rows][None, :])
-            draw, _ = pull(p * (_dot(v, do, 1, 1) - delta_ref[g, rows][None, :]))
-            return dk + _dot(draw.astype(q.dtype), q, 1, 0), dv + _dot(p.astype(do.dtype), do, 1, 0)
+            draw, _ = pull(p * (scoring.dot(v, do, 1, 1) - delta_ref[g, rows][None, :]))
+            return dk + scoring.dot(draw.astype(q.dtype), q, 1, 0), dv + scoring.dot(p.astype(do.dtype), do, 1, 0)
 
         return _over_blocks(blocks, c, body, carry)
 
@@ -125,6 +131,16 @@ def dkv_kernel(blocks, tables, params, q_ref, k_ref, v_ref, valid_ref, do_ref, l
     dk, dv = head(0, start) if G == 1 else lax.fori_loop(0, G, head, start)
     dk_ref[...] = (scoring.scale * dk).astype(dk_ref.dtype)
     dv_ref[...] = dv.astype(dv_ref.dtype)
+
+
+def precision_of_float32(interpret: bool):
+    """Of products of float32 factors: three of TF32 on the matrix units, which together round some four times as coarsely as float32.
+
+    JAX's default on these GPUs is one of TF32, of three digits. Float32 itself, on the units for single numbers, where that is asked for by
+    `jax.default_matmul_precision("highest")`, and interpreted, since a CPU has no TF32.
+    """
+    exact = interpret or jax.config.jax_default_matmul_precision in ("highest", "float32")
+    return lax.Precision.HIGHEST if exact else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
 
 
 def tables_of(pattern: Pattern) -> list[BlockTable]:
@@ -183,9 +199,3 @@ def _column(size: int):
 
 def _row(size: int):
     return lax.broadcasted_iota(jnp.int32, (1, size), 1)
-
-
-def _dot(a, b, a_axis: int, b_axis: int):
-    """The product of two matrices over these axes, in float32. Of float32 factors it is exact to float32, where the default would be TF32."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)

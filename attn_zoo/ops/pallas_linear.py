@@ -46,7 +46,7 @@ class Plan:
 
     def form(self, kernel: str) -> Form:
         tile = dict(self.tiles)[kernel]
-        return Form(self.chunk, tile.features, tile.values, self.dtype)
+        return Form(self.chunk, tile.features, tile.values, self.dtype, INTERPRET)
 
 
 def serves(dtype, corrected: int = 0) -> bool | str:

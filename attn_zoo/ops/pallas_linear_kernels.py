@@ -22,8 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-
-FLOAT32 = lax.Precision.HIGHEST  # of products of float32 inputs; DotAlgorithmPreset.TF32_TF32_F32_X3 would give them to tensor cores, in three parts
+from attn_zoo.ops.pallas_kernels import precision_of_float32
 
 
 def factor_of(dtype):
@@ -33,20 +32,21 @@ def factor_of(dtype):
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """What a kernel knows at compile time: positions of a chunk, features and values of a tile (powers of two, at least 16), and the inputs' dtype."""
+    """What a kernel knows at compile time: positions of a chunk, features and values of a tile (powers of two, at least 16), the inputs' dtype, who runs it."""
 
     chunk: int
     r_tile: int
     h_tile: int
     dtype: Any
+    interpret: bool
 
     @property
     def factor(self):
         return factor_of(self.dtype)
 
     def dot(self, a, b, a_axis: int, b_axis: int):
-        """The product of two matrices over these axes, in float32. Of float32 inputs it is exact to float32, where the default would be TF32."""
-        precision = FLOAT32 if self.dtype == jnp.float32 else None
+        """The product of two matrices over these axes, in float32."""
+        precision = precision_of_float32(self.interpret) if self.dtype == jnp.float32 else None
         axes = ((a_axis,), (b_axis,)), ((), ())
         return lax.dot_general(a.astype(self.factor), b.astype(self.factor), axes, precision=precision, preferred_element_type=jnp.float32)
 

@@ -45,13 +45,18 @@ def scans(name, dtype, R):
     return jax.value_and_grad(lambda *args: sum(x.sum() for x in jax.tree.leaves(run(*args))), (0, 1, 2, 3)), *shapes
 
 
+def by_matrix_units(kernels) -> bool:
+    """Also in float32, whose products are three of TF32: a third of 495 TFLOP/s by an H200's data sheet, where its units for single numbers do 67."""
+    return all(re.search(r"mma\.(mma_async|sync)", kernel.ptx) for kernel in kernels.values())
+
+
 @KINDS
 @DTYPES
 @pytest.mark.parametrize("H", [16, 64, 128, 256])
 def test_attention_fits(kind, dtype, H, monkeypatch):
     monkeypatch.setattr(tuning, "_device_kind", lambda: kind)
     found = assembled(*attends(dtype, H, pattern=CAUSAL), gpu=kind)
-    assert set(found) == {"forward_kernel", "dq_kernel", "dkv_kernel"}
+    assert set(found) == {"forward_kernel", "dq_kernel", "dkv_kernel"} and by_matrix_units(found)
     assert {name: kernel.spilled for name, kernel in found.items() if kernel.spilled > SPILLED} == {}
     if kind == H200 and dtype != jnp.float32:
         assert all("wgmma.mma_async" in kernel.ptx for kernel in found.values()), "products without Hopper's own instructions"
@@ -88,8 +93,7 @@ SCANS = [(name, R) for name in ("linear", "decayed") for R in (64, 256)] + [("de
 def test_scans_fit(name, R, dtype, kind):
     found = assembled(*scans(name, dtype, R), gpu=kind)
     assert {kernel.partition("__")[0] for kernel in found} == {"states_kernel", "output_kernel", "dv_kernel", "dqk_kernel"}
-    if dtype == jnp.bfloat16:
-        assert all(re.search(r"mma\.(mma_async|sync)", kernel.ptx) for kernel in found.values()), "products without the matrix units"
+    assert by_matrix_units(found)
     assert {name: kernel.spilled for name, kernel in found.items() if kernel.spilled > SPILLED} == {}
 
 

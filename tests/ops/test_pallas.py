@@ -17,6 +17,7 @@ from attn_zoo.attention.poolingformer import NearSlots
 from attn_zoo.ops import backends, pallas_attention as kernels, tuning
 from attn_zoo.ops.blocked import ScoreMod, blocked_attention
 from attn_zoo.ops.pallas_attention import pallas_attention
+from attn_zoo.ops.pallas_kernels import precision_of_float32
 from attn_zoo.ops.patterns import CAUSAL, FULL, Band, BlockTable, Every, Pattern, Prefix, block_mask
 from attn_zoo.spec import Unsupported, UserError
 
@@ -70,6 +71,23 @@ def test_score_mod_and_its_parameters(interpreted):
     assert all((abs(x) > 1e-3).all() for x in gradients[3].values())
     assert_close(outputs, expected, 3e-6)
     assert_close(gradients, expected_gradients, 6e-6)
+
+
+def test_a_score_mod_is_served_under_a_mesh(interpreted):
+    """There JAX writes into gradients where arrays lie, which is no operation of a kernel's."""
+    q, k, v = normals(2, 40, 40, 4, 2, 16)
+    span = jnp.asarray([5.0, 20.0, 1.0, 9.0])
+    run = lambda: results(engine(lambda s, i, j, z: s + jnp.log(jnp.clip((z + 4.0 - (i - j)) / 4.0, 1e-3, 1.0)), pattern=CAUSAL, block=16), q, k, v, span)
+    expected = run()
+    with jax.set_mesh(jax.make_mesh((1,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))):
+        assert_close(run(), expected, 1e-6)
+
+
+def test_float32_is_multiplied_in_three_parts_unless_told_otherwise():
+    assert precision_of_float32(interpret=False) == jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+    assert precision_of_float32(interpret=True) == jax.lax.Precision.HIGHEST
+    with jax.default_matmul_precision("highest"):
+        assert precision_of_float32(interpret=False) == jax.lax.Precision.HIGHEST
 
 
 def test_a_row_that_sees_nothing_gives_zeros_and_moves_nothing(interpreted):
