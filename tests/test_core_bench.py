@@ -20,7 +20,7 @@ from attn_zoo.tables import number
 from tiny import ENV
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "experiments" / "results" / "core_bench"
+RESULTS = ROOT / "experiments" / "results"
 LENGTHS = (32, 64, 128)
 sys.path.insert(0, str(ROOT / "experiments"))
 from bench.candidates import CannotRun, Problem, counterparts, heads
@@ -113,12 +113,14 @@ def test_ratios_exponents_and_rates_are_those_of_the_recorded_times(folder, tmp_
     assert columns[7] == columns[10] == number(16e9 / pairs)
 
 
-def test_the_committed_table_and_figures_follow_from_the_records(tmp_path):
-    shutil.copytree(RESULTS / "records", tmp_path / "records")
+@pytest.mark.parametrize("name", ["core_bench", "core_bench_backends"])
+def test_the_committed_table_and_figures_follow_from_the_records(name, tmp_path):
+    shutil.copytree(RESULTS / name / "records", tmp_path / "records")
     process = run(tmp_path, "--report_only")
     assert process.returncode == 0, process.stderr
-    assert (tmp_path / "table.md").read_text() == (RESULTS / "table.md").read_text()
-    assert {path.name for path in (tmp_path / "figures").iterdir()} == {path.name for path in (RESULTS / "figures").iterdir()}
+    files = lambda folder: {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+    assert (tmp_path / "table.md").read_text() == (RESULTS / name / "table.md").read_text()
+    assert files(tmp_path) == files(RESULTS / name) and (len(list(tmp_path.rglob("*.png"))) > 0) == (name == "core_bench"), "one length is no curve"
 
 
 def test_backends_stand_beside_each_other(folder, tmp_path):

@@ -16,10 +16,12 @@ Record = dict[str, Any]
 
 
 def write(records: list[Record], out: Path, reference: str) -> None:
-    """Writes table.md and figures/<mode>.png and .pdf into `out`."""
+    """Writes table.md and, of several lengths, figures/<mode>.png and .pdf into `out`."""
     (out / "table.md").write_text(table(records, reference))
-    (out / "figures").mkdir(exist_ok=True)
-    for name, figure in draw(records).items():
+    drawn = draw(records) if len(lengths_of(records)) > 1 else {}
+    if drawn:
+        (out / "figures").mkdir(exist_ok=True)
+    for name, figure in drawn.items():
         figure.savefig(out / "figures" / f"{name}.png", dpi=200)
         figure.savefig(out / "figures" / f"{name}.pdf", metadata={"CreationDate": None})
 
