@@ -110,8 +110,11 @@ def test_the_choice_is_the_fastest_and_ops_tuning_reads_it(folder, monkeypatch):
 
 def test_scans_are_held_to_what_xla_does_at_every_chunk(scans):
     found = {(r["kernel"], r["problem"], *r["tile"]): r["status"] for r in read(scans)["records"]}
-    tiles = {kernel: [(chunk, 16, 16, warps, 2) for chunk in (64, 128) for warps in (4, 8)] for kernel in RUNS}
-    tiles["corrected"] = [(64, 16, 16, 4, 2), (64, 16, 16, 8, 2), (64, 16, 16, 8, 1)]  # the chunk of delta; the last is the default
+    tiles = {}
+    for kernel in tuning.SCANS:
+        default = tuning.scan_tile(kernel, jnp.float32, 16, device="default")
+        chunks = (64,) if kernel == "corrected" else (64, 128)  # a delta rule has a chunk of its own
+        tiles[kernel] = {(chunk, 16, 16, warps, 2) for chunk in chunks for warps in (4, 8)} | {(64, 16, 16, default.num_warps, default.num_stages)}
     assert found == {
         (kernel, problem, *tile): "wrong" if (kernel, tile[0]) == ("output", 128) else "ok"
         for kernel in tuning.SCANS
