@@ -6,7 +6,7 @@
 
 namespace {
 
-constexpr int TOGETHER = 4;  // taps whose gradients are summed at once, and positions that are; BLOCK is a multiple
+constexpr int TAPS = 11;  // whose gradients are summed at once: a register each, of sixteen, and sums that wait for no other
 
 struct Shape {
   int64_t B, S, K, N;
@@ -18,8 +18,8 @@ struct Pieces {
   Room room;
   int64_t W, H;
   // The taps between zeros, and the input from W / 2 positions before a chunk to as many after it, zero beyond the ends of the sequence.
-  float *taps = room.take(W + 2 * ROWS), *window = room.take((BLOCK + W + TOGETHER) * H), *d_window = room.take((BLOCK + W + TOGETHER) * H);
-  float* d_taps = room.take((W + TOGETHER) * LANES);
+  float *taps = room.take(W + 2 * ROWS), *window = room.take((BLOCK + W + TAPS) * H), *d_window = room.take((BLOCK + W + TAPS) * H);
+  float* d_taps = room.take((W + TAPS) * LANES);
 };
 
 // The taps of head n, in this order or the other.
@@ -30,7 +30,7 @@ void place_taps(const Shape& s, const float* taps, bool reversed, float* to) {
 
 // Of head n of x [B, S, heads, H], what the chunk at `first` reaches.
 void place_window(const Shape& s, const float* x, int64_t heads, int64_t b, int64_t n, int64_t first, float* to) {
-  const int64_t begin = first - s.W / 2, end = begin + BLOCK + s.W + TOGETHER;
+  const int64_t begin = first - s.W / 2, end = begin + BLOCK + s.W + TAPS;
   const int64_t from = std::clamp<int64_t>(begin, 0, s.S), until = std::clamp<int64_t>(end, 0, s.S);
   std::fill(to, to + (from - begin) * s.H, 0.0f);
   copy_rows(x + ((b * s.S + from) * heads + n) * s.H, heads * s.H, to + (from - begin) * s.H, s.H, until - from, s.H);
@@ -73,25 +73,24 @@ ffi::Error forward(ffi::ThreadPool pool, Floats v, Floats taps, Results o, Resul
 // d_taps[w] += sum over the chunk's positions and channels of d_o[i] window[i + w], lane by lane.
 void filter_gradient(const Shape& s, const Pieces& x) {
   const float* d_o = x.d_window + s.W / 2 * s.H;  // zero beyond the end
-  for (int w = 0; w < s.W; w += TOGETHER) {
-    Vector sum[TOGETHER];
-#pragma GCC unroll 4
-    for (int u = 0; u < TOGETHER; ++u) sum[u] = load(x.d_taps + (w + u) * LANES);
-    for (int i = 0; i < BLOCK; i += TOGETHER)
+  for (int w = 0; w < s.W; w += TAPS) {
+    Vector sum[TAPS];
+#pragma GCC unroll 16
+    for (int u = 0; u < TAPS; ++u) sum[u] = load(x.d_taps + (w + u) * LANES);
+    for (int i = 0; i < BLOCK; i += 2)
       for (int h = 0; h < s.H; h += LANES) {
-        Vector d[TOGETHER];
-#pragma GCC unroll 4
-        for (int r = 0; r < TOGETHER; ++r) d[r] = load(d_o + (i + r) * s.H + h);
-#pragma GCC unroll 8
-        for (int at = 0; at < 2 * TOGETHER - 1; ++at) {
-          const Vector reached = load(x.window + (i + w + at) * s.H + h);
-#pragma GCC unroll 4
-          for (int r = 0; r < TOGETHER; ++r)
-            if (at - r >= 0 && at - r < TOGETHER) sum[at - r] += d[r] * reached;
+        const Vector first = load(d_o + i * s.H + h), second = load(d_o + (i + 1) * s.H + h);
+        Vector reached = load(x.window + (i + w) * s.H + h);
+#pragma GCC unroll 16
+        for (int u = 0; u < TAPS; ++u) {
+          const Vector next = load(x.window + (i + w + u + 1) * s.H + h);
+          sum[u] += first * reached;
+          sum[u] += second * next;
+          reached = next;
         }
       }
-#pragma GCC unroll 4
-    for (int u = 0; u < TOGETHER; ++u) store(x.d_taps + (w + u) * LANES, sum[u]);
+#pragma GCC unroll 16
+    for (int u = 0; u < TAPS; ++u) store(x.d_taps + (w + u) * LANES, sum[u]);
   }
 }
 
@@ -102,7 +101,7 @@ ffi::Error backward(ffi::ThreadPool pool, Floats v, Floats taps, Floats d_o, Res
     const int64_t first_head = head * (s.N / s.K);
     for (int64_t n = first_head; n < first_head + s.N / s.K; ++n) {
       place_taps(s, taps.typed_data() + n * s.W, true, x.taps);
-      std::fill(x.d_taps, x.d_taps + (s.W + TOGETHER) * LANES, 0.0f);
+      std::fill(x.d_taps, x.d_taps + (s.W + TAPS) * LANES, 0.0f);
       forwards(0, s.S, [&](Chunk c) {
         place_window(s, d_o.typed_data(), s.N, b, n, c.at, x.d_window);
         filter(s, x.taps, x.d_window, c.rows, dv->typed_data() + ((b * s.S + c.at) * s.K + head) * s.H, s.K * s.H, n > first_head);

@@ -16,7 +16,7 @@ from attn_zoo.spec import Unsupported
 BACKENDS = ("xla", pytest.param("native", marks=pytest.mark.skipif(ON_CPU != "native", reason=f"{native.library()}")))
 compiled = pytest.mark.skipif(ON_CPU != "native", reason=f"{native.library()}")
 
-SHAPES = {  # S, K, N, H, W: a chunk is 64 positions, a vector 16 channels at most, and gradients are summed for four taps at once
+SHAPES = {  # S, K, N, H, W: a chunk is 64 positions, a vector 16 channels at most, and gradients are summed for eleven taps at once
     "one-of-each": (1, 1, 1, 1, 1),
     "shorter-than-half-the-filter": (5, 1, 3, 9, 33),
     "whole-chunks": (128, 2, 4, 16, 7),
