@@ -23,6 +23,7 @@ from attn_zoo.attention.base import Attention, Paper, Variant, repeat_kv, softma
 from attn_zoo.attention.pattern import pair_flops
 from attn_zoo.ops import backends
 from attn_zoo.ops.convolution import convolve
+from attn_zoo.ops.native_inverse import native_pseudo_inverse
 from attn_zoo.ops.patterns import FULL
 from attn_zoo.spec import Unsupported, check, check_int
 
@@ -72,14 +73,17 @@ def kernel(q_BTNH, k_BSNH, row_BT=None, column_BS=None):
     return jnp.where(seen, jax.nn.softmax(jnp.where(seen, scores_BNTS, -1e30), axis=-1), 0.0)
 
 
-def pseudo_inverse(A, iterations: int):
+def pseudo_inverse(A, iterations: int, backend: str = "xla"):
     """The Moore-Penrose inverse of matrices [..., m, n] of weights, rows of which sum to 1 (or less), approximately, [..., n, m].
 
     Starts from A' / |A|_1: the norm |A|_inf that the paper also divides by is 1, and its gradient would be rounding. Rows and columns of zeros stay so.
     Z <- Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4. Small singular values come last: at first a step multiplies their part of Z by 13 / 4.
+    `backend` is "xla" or "native".
     """
     norm = A.sum(axis=-2).max(axis=-1)[..., None, None]
     Z = A.swapaxes(-1, -2) / jnp.where(norm == 0, 1.0, norm)
+    if backend == "native":
+        return native_pseudo_inverse(A, Z, iterations)
     product = functools.partial(jnp.matmul, precision="highest")
     I = jnp.eye(A.shape[-2], dtype=A.dtype)
 
@@ -90,14 +94,14 @@ def pseudo_inverse(A, iterations: int):
     return lax.fori_loop(0, iterations, step, Z, unroll=True)
 
 
-def nystrom_attention(q_BTNH, k_BSKH, v_BSKH, valid_BT, valid_BS, options: Options, part=backends.attention_and_logsumexp):
-    """F (A^+ (B V)), [B, T, N, H] in float32; A is [Q, R], landmarks of queries by landmarks of keys."""
+def nystrom_attention(q_BTNH, k_BSKH, v_BSKH, valid_BT, valid_BS, options: Options, part=backends.attention_and_logsumexp, backend: str = "xla"):
+    """F (A^+ (B V)), [B, T, N, H] in float32; A is [Q, R], landmarks of queries by landmarks of keys. `part` computes F and B, and `backend` A^+."""
     q_BTNH, k_BSKH, v_BSKH = (x.astype(jnp.float32) for x in (q_BTNH, k_BSKH, v_BSKH))
     q_BQNH, row_BQ = segment_means(q_BTNH, valid_BT, options.landmarks)
     k_BRKH, column_BR = segment_means(k_BSKH, valid_BS, options.landmarks)
     k_BRNH = repeat_kv(k_BRKH, q_BTNH.shape[2])
     BV_BQNH, _ = part(q_BQNH, k_BSKH, v_BSKH, pattern=FULL, valid_BS=valid_BS)
-    Z_BNRQ = pseudo_inverse(kernel(q_BQNH, k_BRNH, row_BQ, column_BR), options.iterations)
+    Z_BNRQ = pseudo_inverse(kernel(q_BQNH, k_BRNH, row_BQ, column_BR), options.iterations, backend)
     slots_BRNH = jnp.einsum("BNRQ,BQNH->BRNH", Z_BNRQ, BV_BQNH, precision="highest")
     return part(q_BTNH, k_BRNH, slots_BRNH, pattern=FULL, valid_BS=None if valid_BS is None else column_BR)[0]
 
@@ -134,14 +138,14 @@ class Nystrom(Attention):
             self.taps = nnx.Param(jax.random.uniform(rngs.params(), (dims.num_heads, W), minval=-(W**-0.5), maxval=W**-0.5))
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key, valid_BT=None):
+        backend = "native" if self.backend(valid_BS is not None) == "native" else "xla"  # of what is not a part
         if max(q_BTNH.shape[1], k_BSKH.shape[1]) <= self.options.landmarks:
             o_BTNH, _ = self.part(q_BTNH, k_BSKH, v_BSKH, pattern=FULL, valid_BS=valid_BS)
         else:
-            o_BTNH = nystrom_attention(q_BTNH, k_BSKH, v_BSKH, valid_BT, valid_BS, self.options, self.part)
+            o_BTNH = nystrom_attention(q_BTNH, k_BSKH, v_BSKH, valid_BT, valid_BS, self.options, self.part, backend)
         if self.options.residual_kernel is None:
             return o_BTNH
         self._check_residual(q_BTNH, v_BSKH)
-        backend = "native" if self.backend(valid_BS is not None) == "native" else "xla"
         return o_BTNH + convolve(v_BSKH, self.taps[...], backend=backend)
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key, valid_BT=None):

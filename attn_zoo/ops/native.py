@@ -24,11 +24,12 @@ from jaxtyping import Array
 
 from attn_zoo.spec import Unsupported
 
-KERNELS = (*(f"{name}_{way}" for name in ("attention", "linear", "delta", "gathered", "additive", "convolution") for way in ("forward", "backward")), "best_keys")
+KERNELS = (*(f"{name}_{way}" for name in ("attention", "linear", "delta", "gathered", "additive", "convolution", "inverse") for way in ("forward", "backward")), "best_keys")
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)  # of arguments; all is computed in float32
 LANES = 16  # of the widest vectors; channels are padded to whole ones
 FOLDER = Path(__file__).parent
-HEADER, SOURCES = "native.h", ("native_attention.cc", "native_linear.cc", "native_delta.cc", "native_gathered.cc", "native_additive.cc", "native_convolution.cc")
+HEADER = "native.h"
+SOURCES = tuple(f"native_{name}.cc" for name in ("attention", "linear", "delta", "gathered", "additive", "convolution", "inverse"))
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC")
 
 

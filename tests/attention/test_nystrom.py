@@ -5,11 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny import ON_CPU
 
 from attn_zoo import Unsupported, UserError, make_attention
 from attn_zoo.attention.nystrom import Options, kernel, nystrom_attention, pseudo_inverse, segment_means
+from attn_zoo.ops import native
 
 N, K, H = 4, 2, 8
+BACKENDS = ("xla", pytest.param("native", marks=pytest.mark.skipif(ON_CPU != "native", reason=f"{native.library()}")))
 
 
 def make(options="", **kwargs):
@@ -39,7 +42,8 @@ def test_landmarks_are_means_of_the_valid_positions_of_near_equal_segments(T, R)
                 np.testing.assert_allclose(means[b, r], x[b, chosen].mean(axis=0), atol=1e-6)
 
 
-def test_pseudo_inverse_of_any_shape_and_rank():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pseudo_inverse_of_any_shape_and_rank(backend):
     """Of square, wide, tall and rank-deficient matrices, and with zero rows and columns, where masked landmarks stand."""
     rng = np.random.default_rng(0)
     square = rng.dirichlet(np.full(6, 0.3), size=6)
@@ -47,9 +51,9 @@ def test_pseudo_inverse_of_any_shape_and_rank():
     masked = square.copy()
     masked[2], masked[:, [0, 4]] = 0, 0
     for A in (square, square[:4], square[:, :4], low_rank, masked, np.zeros((3, 3)), np.full((4, 4), 0.25)):
-        Z = pseudo_inverse(jnp.asarray(A, jnp.float32), 12)  # with many more, rounding would grow where the singular value is zero
+        Z = pseudo_inverse(jnp.asarray(A, jnp.float32), 12, backend)  # with many more, rounding would grow where the singular value is zero
         np.testing.assert_allclose(Z, np.linalg.pinv(A, rcond=1e-6), atol=3e-4 * max(1, abs(Z).max()))
-    Z = np.asarray(pseudo_inverse(jnp.asarray(masked, jnp.float32), 6))
+    Z = np.asarray(pseudo_inverse(jnp.asarray(masked, jnp.float32), 6, backend))
     assert (Z[:, 2] == 0).all() and (Z[[0, 4]] == 0).all()
 
 

@@ -244,6 +244,7 @@ def test_refuses_with_the_reason(monkeypatch):
 # A script that says what 'auto' takes, and why not the native kernels, and then holds them against XLA's engine; a process has one compiler.
 SCRIPT = """
 import jax, jax.numpy as jnp, numpy as np
+from attn_zoo.attention.nystrom import pseudo_inverse
 from attn_zoo.attention.topk import best_keys
 from attn_zoo.ops.additive import additive_attention
 from attn_zoo.ops.backends import attention_and_logsumexp, choose
@@ -258,16 +259,18 @@ found = library()
 print(choose("auto", FULL, jnp.float32, 16), found if isinstance(found, str) else "")
 if not isinstance(found, str):
     rng = np.random.default_rng(0)
-    arrays = lambda *lengths: [jnp.asarray(rng.normal(size=(2, T, 2, 48)), jnp.float32) for T in lengths]
+    normals = lambda *shapes: [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+    arrays = lambda *lengths: normals(*((2, T, 2, 48) for T in lengths))
     decay = -0.1 * jnp.asarray(rng.random((2, 133, 2)), jnp.float32)
     index = jnp.asarray(rng.random((2, 2, 133, 75)).argsort(axis=-1)[..., :23])
-    factor, weight = jnp.asarray(rng.random(index.shape), jnp.float32), jnp.asarray(rng.normal(size=(2, 48)), jnp.float32)
+    factor, weight = jnp.asarray(rng.random(index.shape), jnp.float32), *normals((2, 48))
     for f, args in (
         (lambda q, k, v, backend: attention_and_logsumexp(q, k, v, pattern=Band(90, 40), backend=backend), arrays(133, 75, 75)),
         (decayed_sums, (*arrays(133, 133, 133), decay)),
         (lambda q, k, v, f, backend: gathered_attention(q, k, v, index, index % 5 > 0, factor_TR=f, backend=backend), (*arrays(133, 75, 75), factor)),
         (lambda q, k, v, w, backend: (additive_attention(q, k, w, v, causal=True, backend=backend),), (*arrays(133, 75, 75), weight)),
-        (lambda v, taps, backend: (convolve(v, taps, backend=backend),), (arrays(133)[0], jnp.asarray(rng.normal(size=(4, 33)), jnp.float32))),
+        (lambda v, taps, backend: (convolve(v, taps, backend=backend),), (*arrays(133), *normals((4, 33)))),
+        (lambda A, backend: (pseudo_inverse(jax.nn.softmax(A + 3 * jnp.eye(40, 23)), 6, backend),), normals((2, 3, 40, 23))),
         (lambda q, k, v, decay, backend: (delta_rule(q, k / 8, v, jnp.exp(decay), backend=backend),), (*arrays(133, 133, 133), decay)),
     ):
         def run(backend):
