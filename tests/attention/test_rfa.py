@@ -109,7 +109,8 @@ def test_the_gate_in_chunks_equals_the_dense_form_with_its_gradients():
     attention = make_attention("rfa(features=16, gate=True)", num_heads=4, num_kv_heads=2, head_dim=H, max_len=T, causal=True)
     args, valid = inputs(4, 2, T), jnp.asarray(np.random.default_rng(1).random((2, T)) > 0.2)
     for a, e in zip(*(results(attention, args, valid, reference) for reference in (False, True)), strict=True):
-        np.testing.assert_allclose(a, e, rtol=0, atol=1e-5 * max(1.0, float(abs(e).max())))
+        # Gradients by the gate's bias sum those by all log decays, each a running sum of what rounding left in the others: see _sums_bwd.
+        np.testing.assert_allclose(a, e, rtol=0, atol=3e-5 * max(1.0, float(abs(e).max())))
 
 
 def test_a_saturated_gate_keeps_gradients_finite():
