@@ -13,9 +13,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attn_zoo.attention.base import Attention, Bound, Paper, Variant, repeat_kv
 from attn_zoo.ops import backends
+from attn_zoo.ops.angles import sines_and_cosines
 from attn_zoo.ops.linear import divided, init_state, linear_attention, read_state, state_step, with_ones
 from attn_zoo.spec import check, check_choice, check_int
 
@@ -34,9 +36,9 @@ def dpfp(x, nu: int = 1):
 
 def cosformer(x_BTNH, M: int, start=0):
     """[B, T, N, 2 H], float32, of positions from `start` on: relu(x) times the cosine and times the sine of pi / 2 t / M. cos(a - b) = cos a cos b + sin a sin b makes the rest."""
-    angle_T11 = jnp.pi / 2 * (start + jnp.arange(x_BTNH.shape[1], dtype=jnp.float32))[:, None, None] / M
+    sin_T11, cos_T11 = (x_T1[:, None] for x_T1 in sines_and_cosines(x_BTNH.shape[1], np.array([np.pi / 2 / M]), start))
     x = jax.nn.relu(x_BTNH)
-    return jnp.concatenate([x * jnp.cos(angle_T11), x * jnp.sin(angle_T11)], axis=-1)
+    return jnp.concatenate([x * cos_T11, x * sin_T11], axis=-1)
 
 
 FEATURE_MAPS = {"elu": elu, "relu": jax.nn.relu, "dpfp": dpfp, "cosformer": cosformer}

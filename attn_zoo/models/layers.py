@@ -10,9 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
+from attn_zoo.ops.angles import sines_and_cosines
 from attn_zoo.spec import UserError
 
 EMBEDDING_STD = 0.02
@@ -88,21 +90,18 @@ NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
 
 def sinusoids(T: int, D: int, start: Int[Array, ""] | int = 0) -> Float[Array, "T D"]:
     """The sinusoidal position table from `start` on: sin(t / 10000^(2i/D)) in channel 2i, the cosine in 2i + 1. Vaswani et al. 2017, sec. 3.5."""
-    i = jnp.arange((D + 1) // 2, dtype=jnp.float32)
-    angles = (start + jnp.arange(T, dtype=jnp.float32))[:, None] * 10000.0 ** (-2 * i / D)
-    return jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(T, -1)[:, :D]
+    sin, cos = sines_and_cosines(T, 10000.0 ** (-2 * np.arange((D + 1) // 2) / D), start)
+    return jnp.stack([sin, cos], axis=-1).reshape(T, -1)[:, :D]
 
 
-def rotate(x_BTNH: Float[Array, "B T N H"], positions_T: Int[Array, "T"]) -> Float[Array, "B T N H"]:
-    """Rotary positions: turns channel pair i by the angle t 10000^(-2i/H), so that q.k depends on the distance alone.
+def rotate(x_BTNH: Float[Array, "B T N H"], start: Int[Array, ""] | int = 0) -> Float[Array, "B T N H"]:
+    """Rotary positions from `start` on: turns channel pair i by the angle t 10000^(-2i/H), so that q.k depends on the distance alone.
 
     Su et al. 2021, eq. 34, with channel i paired with i + H/2 rather than 2i with 2i + 1: the same up to a fixed
     order of channels, which the projections learn anyway. Computed in float32; H is even.
     """
-    H = x_BTNH.shape[-1]
-    i = jnp.arange(H // 2, dtype=jnp.float32)
-    angles = positions_T.astype(jnp.float32)[:, None, None] * 10000.0 ** (-2 * i / H)  # [T, 1, H/2]
-    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    T, H = x_BTNH.shape[1], x_BTNH.shape[-1]
+    sin, cos = (x_TF[:, None] for x_TF in sines_and_cosines(T, 10000.0 ** (-2 * np.arange(H // 2) / H), start))
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1).astype(x_BTNH.dtype)
 

@@ -50,7 +50,7 @@ class MultiHeadAttention(nnx.Module):
         `valid_BT`, which positions of x are valid where there is a memory, matters only to variants that pool queries.
         """
         if memory_BSD is None:
-            q_BTNH, k_BSKH, v_BSKH = self._self_heads(x_BTD, jnp.arange(x_BTD.shape[1]))
+            q_BTNH, k_BSKH, v_BSKH = self._self_heads(x_BTD)
         else:
             q_BTNH = self._heads(x_BTD, self.query)
             k_BSKH, v_BSKH = self._memory_heads(memory_BSD)
@@ -63,7 +63,7 @@ class MultiHeadAttention(nnx.Module):
 
     def step(self, x_B1D: Float[Array, "B 1 D"], cache: Cache) -> tuple[Float[Array, "B 1 D"], Cache]:
         """Self-attention of one more position: (its output, the state after it)."""
-        o_B1NH, cache = self.attention.step(*self._self_heads(x_B1D, cache["t"][None]), cache)
+        o_B1NH, cache = self.attention.step(*self._self_heads(x_B1D, cache["t"]), cache)
         return self._out(o_B1NH), cache
 
     def init_cross_cache(self, memory_BSD: Float[Array, "B S D"], max_len: int, *, valid_BS: Bool[Array, "B S"] | None = None) -> Cache:
@@ -75,11 +75,11 @@ class MultiHeadAttention(nnx.Module):
         o_B1NH, cache = self.attention.cross_step(self._heads(x_B1D, self.query), cache)
         return self._out(o_B1NH), cache
 
-    def _self_heads(self, x_BTD, positions_T):
+    def _self_heads(self, x_BTD, start=0):
         q_BTNH = self._heads(x_BTD, self.query)
         k_BTKH = q_BTNH if self.shares_query_key else self._heads(x_BTD, self.key)
         if self.rotary:
-            q_BTNH, k_BTKH = rotate(q_BTNH, positions_T), rotate(k_BTKH, positions_T)
+            q_BTNH, k_BTKH = rotate(q_BTNH, start), rotate(k_BTKH, start)
         return q_BTNH, k_BTKH, self._heads(x_BTD, self.value)
 
     def _memory_heads(self, memory_BSD):

@@ -28,7 +28,7 @@ def expected(mha, x_BTD, memory_BSD, mask=True, rotary=False):
     key_kernel = mha.query if mha.shares_query_key else mha.key
     q, k, v = (jnp.einsum("BTD,DNH->BTNH", x, w[...]) for x, w in ((x_BTD, mha.query), (memory_BSD, key_kernel), (memory_BSD, mha.value)))
     if rotary:
-        q, k = (rotate(x, jnp.arange(x.shape[1])) for x in (q, k))
+        q, k = (rotate(x) for x in (q, k))
     return jnp.einsum("BTNH,NHD->BTD", softmax_reference(q, k, v, jnp.asarray(mask)), mha.out[...])
 
 

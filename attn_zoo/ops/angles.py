@@ -1,0 +1,44 @@
+"""Sines and cosines of positions, by one rotation after another instead of one angle after another.
+
+XLA fuses a sine into what multiplies by it, and so takes that of one position anew for every head and every sequence; on a CPU each is a call of the C library,
+and rotary positions took 13 ms for 2 million numbers, in place of 0.7. A large angle t f also has the rounding of t f: 0.004 at t = 65,536 and f = 1.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+FINE = 128  # positions that one entry of the coarse table stands for
+CIRCLE = 2**32
+
+
+def sines_and_cosines(T: int, frequencies_F: np.ndarray, start: Int[Array, ""] | int = 0) -> tuple[Float[Array, "T F"], Float[Array, "T F"]]:
+    """(sin, cos) of t f for positions t = start to start + T - 1 and frequencies f > 0 (radians, known when traced), float32.
+
+    Within 5e-7 of float64 where `start` is an int, else within 5e-7 + 1e-9 start. t = a FINE + b, so that two small tables, made on the host in float64, and the
+    addition theorem give all of them.
+    """
+    f = np.asarray(frequencies_F, np.float64)
+    first = start if isinstance(start, int) else 0
+    coarse = _table((first + FINE * np.arange(-(-T // FINE)))[:, None, None] * f)
+    fine = _table(np.arange(min(T, FINE))[:, None] * f)
+    sin, cos = (x.reshape(-1, len(f))[:T] for x in _sum(coarse, fine))
+    return (sin, cos) if isinstance(start, int) else _sum((sin, cos), _single(start, f))
+
+
+def _table(angles):
+    return jnp.asarray(np.sin(angles), jnp.float32), jnp.asarray(np.cos(angles), jnp.float32)
+
+
+def _sum(a, b):
+    """(sin, cos) of a sum of two angles from those of each."""
+    return a[0] * b[1] + a[1] * b[0], a[1] * b[1] - a[0] * b[0]
+
+
+def _single(t, f):
+    """(sin, cos) of t f, t known only when run: the angle in units of a circle / 2^32, which integers multiply by t without a rounding, whole circles dropped."""
+    step = np.round(f / (2 * np.pi) % 1 * CIRCLE).astype(np.uint64).astype(np.uint32)
+    turned = jax.lax.bitcast_convert_type(jnp.asarray(t).astype(jnp.uint32) * step, jnp.int32)
+    angle = turned.astype(jnp.float32) * (2 * np.pi / CIRCLE)
+    return jnp.sin(angle), jnp.cos(angle)
