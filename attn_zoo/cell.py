@@ -24,6 +24,7 @@ from attn_zoo import estimator, measure, provenance, train
 from attn_zoo.attention import find
 from attn_zoo.checkpoints import Checkpoints
 from attn_zoo.config import Cell
+from attn_zoo.memory import keep_freed_memory
 from attn_zoo.models import param_counts, read_variant
 from attn_zoo.parameters import write_parameters
 from attn_zoo.results import write_record
@@ -189,9 +190,11 @@ def main() -> int:
             os._exit(1)
 
     jax.config.update("jax_enable_compilation_cache", False)  # or compile seconds would be those of a disk
+    kept = jax.default_backend() == "cpu" and keep_freed_memory()
     job = json.load(sys.stdin)
     cell = Cell.from_json(job["cell"])
     record = run(cell, job["workdir"], job["data_dir"], report, job.get("keep_parameters", False))
+    record["provenance"]["memory_kept"] = kept
     write_record(job["workdir"], record)
     report(phase="done", status=record["status"])
     return 0

@@ -116,14 +116,18 @@ def provenance_notes(records: list[dict[str, Any]]) -> list[str]:
     dates = sorted(day[:10] for day in each("date"))
     versions = [f"{name} {' and '.join(each(name))}" for name in ("python", "jax", "jaxlib", "flax", "optax", "attn_zoo") if each(name)]
     when = " to ".join(dict.fromkeys([dates[0], dates[-1]])) if dates else "at an unknown date"
+    kept = sum(bool(p.get("memory_kept")) for p in origin)
+    memory = " Freed memory was kept for the next call." if kept == len(origin) else ""
     notes = [
         f"Task `{cell['task']}`; {'; '.join(settings)}.",
-        f"Measured {when} on {' and '.join(machines)}; {', '.join(versions)}; commit {' and '.join(commits)}.",
+        f"Measured {when} on {' and '.join(machines)}; {', '.join(versions)}; commit {' and '.join(commits)}.{memory}",
     ]
     several = [f"{len(found)} {what}" for what, found in (("machines", machines), ("commits", commits)) if len(found) > 1]
     several += [f"{len(each(name))} versions of {name}" for name in ("python", "jax", "flax") if len(each(name)) > 1]
     if several:
         notes.append(f"Mind: the records come from {', '.join(several)}.")
+    if 0 < kept < len(origin):
+        notes.append(f"Mind: in {kept} of {len(origin)} records freed memory was kept for the next call.")
     dirty = sum(bool(p.get("git_dirty")) for p in origin)
     if dirty:
         notes.append(f"Mind: {dirty} of {len(origin)} records were made with uncommitted changes in the tree.")

@@ -26,13 +26,13 @@ import jax
 from absl import app, flags
 from bench import candidates, report
 from bench.candidates import Problem, TorchProcess
-from bench.memory import keep_freed_memory
 from bench.rounds import MODES, measure
 from bench.single_pattern import single_pattern
 
 from attn_zoo import VARIANTS, UserError, provenance
 from attn_zoo.attention import find, parse_variants, variant_text
 from attn_zoo.measure import copy_bytes_per_s, matmul_flops_per_s
+from attn_zoo.memory import keep_freed_memory
 from attn_zoo.results import load_records, write_record
 from attn_zoo.spec import check, check_int
 

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import json
+import platform
 import re
 import subprocess
 import sys
@@ -228,3 +229,4 @@ def test_the_process_writes_events_to_stdout_and_the_record_to_disk(tmp_path):
     assert [json.loads(line) for line in process.stdout.splitlines()] == [{"phase": "prepare"}, {"phase": "done", "status": "unsupported"}]
     (record,) = load_records(tmp_path)
     assert (record["id"], record["status"], record["provenance"]["device_count"]) == (a_cell.id, "unsupported", 1)
+    assert record["provenance"]["memory_kept"] == (platform.libc_ver()[0] == "glibc")

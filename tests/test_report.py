@@ -416,6 +416,9 @@ def test_records_of_several_origins_are_flagged():
     assert "Mind: the records come from 2 machines, 2 commits." in text
     assert "Mind: 1 of 3 records were made with uncommitted changes" in text
     assert "Mind" not in report.tables(sweep())["table.md"]
+    kept = [make(seed=i, provenance__memory_kept=kept) for i, kept in enumerate((True, True, False))]
+    assert "Mind: in 2 of 3 records freed memory was kept" in report.tables(kept)["table.md"]
+    assert "commit 0123456789. Freed memory was kept for the next call." in report.tables(kept[:2])["table.md"]
     assert "commit 0123456789." in report.tables(sweep())["table.md"] and "some CPU, 2 cores" in report.tables(sweep())["table.md"]
 
 

@@ -30,10 +30,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, it is no part of a package
 from bench.candidates import said
-from bench.memory import keep_freed_memory
 from bench.single_pattern import single_pattern
 
 from attn_zoo import make_attention
+from attn_zoo.memory import keep_freed_memory
 from attn_zoo.ops.pallas_kernels import replace_tables
 from attn_zoo.ops.patterns import BlockTable, Pattern, table_rows
 

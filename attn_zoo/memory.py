@@ -1,4 +1,4 @@
-"""Where the memory of a call comes from, on a CPU."""
+"""Where the memory of a call comes from, on a CPU: the next call gets what the last one freed, or else times are those of the system too."""
 
 import ctypes
 
