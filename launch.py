@@ -28,6 +28,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Where records, tables and figure
 DATA_DIR = flags.DEFINE_string("data_dir", "data", "Where prepared datasets are kept.")
 ALLOW_DOWNLOAD = flags.DEFINE_bool("allow_download", False, "Let a task download the data that it needs; without it, the message says what and how much.")
 RETRY = flags.DEFINE_bool("retry", False, "Run cells again that ended in error or timeout.")
+RETRY_DISTURBED = flags.DEFINE_bool("retry_disturbed", False, "Run cells again that are marked as disturbed: while they ran, so did something else.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the cells with estimated FLOPs and memory, and run nothing.")
 LIST = flags.DEFINE_bool("list", False, "Print the zoo: options, complexity, abilities and papers.")
 REPORT_ONLY = flags.DEFINE_bool("report_only", False, "Make tables and figures again from the records in --workdir.")
@@ -104,7 +105,8 @@ def _sweep(experiment: Experiment, workdir: str) -> int:
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stop is a stop, whoever asks
     try:
-        records = sweep.run(experiment, workdir, DATA_DIR.value, Display(), retry=RETRY.value, allow_download=ALLOW_DOWNLOAD.value)
+        again = {"retry": RETRY.value, "retry_disturbed": RETRY_DISTURBED.value}
+        records = sweep.run(experiment, workdir, DATA_DIR.value, Display(), allow_download=ALLOW_DOWNLOAD.value, **again)
     except KeyboardInterrupt:
         print(f"\nstopped; what is done is in {workdir}. The same command goes on from there.", file=sys.stderr)
         return 130

@@ -106,17 +106,28 @@ def rows(records: list[dict[str, Any]]) -> list[Row]:
     groups: dict[tuple[int, str], list[dict]] = {}
     for record in records:
         groups.setdefault((record["cell"]["seq_len"], record["cell"]["variant"]), []).append(record)
+    marked = disturbed(records)
     table, common = [], {}
     floors_differ = len({_as_printed(floors_of(T)) for T in lengths_of(records) if floors_of(T)}) > 1
     for T in lengths_of(records):
         for variant in variants_of(records):
             if (T, variant) in groups:
-                table.append(_row(groups[T, variant], groups.get((T, REFERENCE), [])))
+                table.append(_row(groups[T, variant], groups.get((T, REFERENCE), []), marked))
         if floors_differ:
             table += floors_of(T)
         else:
             common = common or floors_of(T)
     return table + [dataclasses.replace(floor, seq_len=None) for floor in common]
+
+
+def disturbed(records: list[dict[str, Any]]) -> set[str]:
+    """The ids of cells during which something else used the machine: its matrix product rates before and after differ by more than 20 %, or one of them does from
+    the median of all that were measured on such a machine."""
+    rates = {r["id"]: [v for v in (reached(r, "calibration", "matmul_flops_per_s", when) for when in ("before", "after")) if v] for r in records if r["status"] == "ok"}
+    machine = {r["id"]: tuple(reached(r, "provenance", key) for key in ("device_kind", "cpu")) for r in records}
+    usual = {m: statistics.median(every) for m in set(machine.values()) if (every := [v for i, own in rates.items() if machine[i] == m for v in own])}
+    far = lambda every: max(every) > 1.2 * min(every)
+    return {i for i, own in rates.items() if own and far([*own, usual[machine[i]]])}
 
 
 def scaling(table: list[Row]) -> list[Scaling]:
@@ -248,7 +259,7 @@ def check_one_experiment(records: list[dict[str, Any]]) -> None:
                 )
 
 
-def _row(records: list[dict], reference: list[dict]) -> Row:
+def _row(records: list[dict], reference: list[dict], marked: set[str]) -> Row:
     ok = [r for r in records if r["status"] == "ok"]
     failed = [r for r in records if r["status"] != "ok"]
     statuses = [r["status"] for r in records]
@@ -302,7 +313,7 @@ def _row(records: list[dict], reference: list[dict]) -> Row:
         decode_step_s_p80=pool(max, "decode", "step", "p80_s"),
         refeed_tokens_per_s=pool(median, "decode", "refeed_tokens_per_s"),
         state_bytes=pool(max, "decode", "state_bytes"),
-        disturbed=any(_disturbed(r) for r in ok),
+        disturbed=any(r["id"] in marked for r in ok),
         backend=", ".join(dict.fromkeys(_values(records, "attention", "backend"))),
     )
 
@@ -318,12 +329,6 @@ def _rate(record: dict) -> tuple[float | None, float | None]:
         return None, None
     matmul = [v for v in (reached(record, "calibration", "matmul_flops_per_s", when) for when in ("before", "after")) if v]
     return flops / step_s, flops / step_s / statistics.fmean(matmul) if matmul else None
-
-
-def _disturbed(record: dict) -> bool:
-    """Whether the machine's matrix product rate before and after the cell differ by more than 20 %: something else ran."""
-    before, after = (reached(record, "calibration", "matmul_flops_per_s", when) for when in ("before", "after"))
-    return bool(before and after and max(before, after) > 1.2 * min(before, after))
 
 
 def _floors(records: list[dict], T: int) -> list[Row]:

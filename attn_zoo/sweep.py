@@ -25,6 +25,7 @@ from attn_zoo.parameters import parameters_path
 from attn_zoo.progress import Display
 from attn_zoo.results import load_records, load_sweep, record_path, write_record
 from attn_zoo.spec import UserError
+from attn_zoo.summary import disturbed
 from attn_zoo.tasks import Task, load_task
 
 FAILED = ("error", "timeout")  # statuses that make a sweep exit with 1; oom, nan and unsupported are results
@@ -92,8 +93,12 @@ def check_same_sweep(workdir: str, mine: dict, theirs: dict) -> None:
             raise UserError(f"workdir {workdir} belongs to another sweep: there {where} is {b!r}, here {a!r}; choose another --workdir")
 
 
-def run(experiment: Experiment, workdir: str, data_dir: str, display: Display, retry: bool = False, allow_download: bool = False) -> list[dict[str, Any]]:
-    """Runs the cells that have no record yet, one at a time, and returns the records of all. With `retry`, also those that failed.
+def run(
+    experiment: Experiment, workdir: str, data_dir: str, display: Display, retry: bool = False, allow_download: bool = False, retry_disturbed: bool = False
+) -> list[dict[str, Any]]:
+    """Runs the cells that have no record yet, one at a time, and returns the records of all.
+
+    With `retry`, also those that failed; with `retry_disturbed`, those that ended ok while something else used the machine.
 
     Where parameters are to be kept, a cell that ended ok without keeping them runs again.
 
@@ -109,16 +114,17 @@ def run(experiment: Experiment, workdir: str, data_dir: str, display: Display, r
     try:
         with lock:
             _earlier(workdir, experiment)
-            return _run_claimed(experiment, todo, workdir, data_dir, display, retry, allow_download)
+            return _run_claimed(experiment, todo, workdir, data_dir, display, retry, allow_download, retry_disturbed)
     except filelock.Timeout:
         raise UserError(f"another sweep is running in {workdir}; wait for it, or choose another --workdir") from None
 
 
-def _run_claimed(experiment, todo, workdir, data_dir, display, retry, allow_download):
+def _run_claimed(experiment, todo, workdir, data_dir, display, retry, allow_download, retry_disturbed):
     asked = {cell.id for cell in todo}
     done = {r["id"]: r for r in load_records(workdir) if r["id"] in asked}
     lacks = lambda cell: experiment.keep_parameters and done[cell.id]["status"] == "ok" and not parameters_path(workdir, cell.id).exists()
-    left = [c for c in todo if c.id not in done or (retry and done[c.id]["status"] in FAILED) or lacks(c)]
+    marked = disturbed(list(done.values())) if retry_disturbed else ()
+    left = [c for c in todo if c.id not in done or (retry and done[c.id]["status"] in FAILED) or c.id in marked or lacks(c)]
     with display:
         display.begin(len(todo), len(todo) - len(left))
         if left:

@@ -228,7 +228,7 @@ def _footnotes(rows: list[Row], timed: bool = True) -> list[str]:
     if any(row.params_differ for row in rows):
         notes.append(f"{DIFFERS} Parameters differ from those of `{REFERENCE}` at the same T by more than 1 %.")
     if timed and any(row.disturbed for row in rows):
-        notes.append(f"{DISTURBED} Disturbed: the matrix product rates before and after a cell differ by more than 20 %.")
+        notes.append(f"{DISTURBED} Disturbed: the matrix product rates before and after a cell differ by more than 20 %, or one of them from the median of all.")
     return notes
 
 

@@ -240,11 +240,21 @@ def test_parameters_that_differ_by_more_than_1_percent_are_marked(total, marked)
     assert ("`linear`\\*" in report.readme_table(records)) == marked
 
 
+def calibrated(seed, before, after, **changes):
+    return make(seed=seed, calibration={"matmul_flops_per_s": {"before": before, "after": after}}, **changes)
+
+
 @pytest.mark.parametrize(("after", "marked"), [(1.2e11, False), (1.21e11, True), (0.84e11, False), (0.83e11, True)])
 def test_a_disturbed_cell_is_marked(after, marked):
-    records = [make(seed=0), make(seed=1, calibration={"matmul_flops_per_s": {"before": 1e11, "after": after}})]
+    records = [calibrated(0, 1e11, 1e11), calibrated(1, 1e11, after)]
     assert markdown_rows(records)[0]["step, ms (p20–p80)"].endswith("†") == marked
     assert ("more than 20 %" in report.tables(records)["table.md"]) == marked
+
+
+def test_a_cell_that_was_slow_from_first_to_last_is_disturbed_too():
+    """Beside what the same machine did for the others; another machine is as fast as it is."""
+    records = [*(calibrated(i, 1.5e11, 1.5e11) for i in range(3)), calibrated(3, 1.2e11, 1.2e11), calibrated(4, 1.26e11, 1.5e11), calibrated(5, 9e11, 9e11, provenance__cpu="another")]
+    assert summary.disturbed(records) == {records[3]["id"]}
 
 
 def test_rows_stand_by_length_then_in_the_order_of_the_sweep():

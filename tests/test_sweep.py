@@ -286,6 +286,32 @@ def test_what_is_done_is_not_run_again(child, tmp_path, display, monkeypatch):
     assert len(load_records("work")) == len(STATUSES)
 
 
+DISTURBED = """
+import json, sys
+from attn_zoo.config import Cell
+from attn_zoo.results import write_record
+
+job = json.load(sys.stdin)
+cell = Cell.from_json(job["cell"])
+with open("started", "a+") as f:
+    f.seek(0)
+    again = str(cell.seed) in f.read().split()
+    print(cell.seed, file=f)
+rates = {"before": 2e11, "after": 2e11 if cell.seed != 1 or again else 1e11}
+content = {"calibration": {"matmul_flops_per_s": rates}, "metrics": {"eval_loss": 1.5, "eval_accuracy": 0.5}, "loss_name": "loss"}
+write_record(job["workdir"], {"id": cell.id, "status": "ok", "message": "", "cell": job["cell"], **content})
+"""
+
+
+def test_what_was_disturbed_runs_again_on_request(child, tmp_path, display, monkeypatch):
+    (tmp_path / "fake.py").write_text(DISTURBED)
+    monkeypatch.chdir(tmp_path)
+    child(f"exec {sys.executable} fake.py")
+    for options in ({}, {"retry": True}, {"retry_disturbed": True}, {"retry_disturbed": True}):
+        sweep.run(change(seeds=(0, 1, 2)), "work", "data", display, **options)
+    assert (tmp_path / "started").read_text().split() == ["0", "1", "2", "1"]
+
+
 KEEPING = FAKE + """
 from attn_zoo.parameters import parameters_path
 
