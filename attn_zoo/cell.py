@@ -190,11 +190,11 @@ def main() -> int:
             os._exit(1)
 
     jax.config.update("jax_enable_compilation_cache", False)  # or compile seconds would be those of a disk
-    kept = jax.default_backend() == "cpu" and keep_freed_memory()
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
     job = json.load(sys.stdin)
     cell = Cell.from_json(job["cell"])
     record = run(cell, job["workdir"], job["data_dir"], report, job.get("keep_parameters", False))
-    record["provenance"]["memory_kept"] = kept
     write_record(job["workdir"], record)
     report(phase="done", status=record["status"])
     return 0

@@ -8,6 +8,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from attn_zoo.memory import freed_memory_is_kept
+
 
 def collect() -> dict[str, Any]:
     """For the record. Git fields are null outside a checkout."""
@@ -26,6 +28,7 @@ def collect() -> dict[str, Any]:
         "device_count": jax.local_device_count(),
         "cpu": f"{_cpu_model()}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores",
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "memory_kept": freed_memory_is_kept(),
     }
 
 
