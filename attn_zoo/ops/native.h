@@ -273,10 +273,10 @@ void backwards(int64_t b, int64_t length, Body body) {
   for (int64_t first = (length - 1) / BLOCK * BLOCK; first >= 0; first -= BLOCK) body(Chunk{b * length + first, int(std::min<int64_t>(BLOCK, length - first))});
 }
 
-// The working memory of one worker, handed out piece by piece.
+// The working memory of one worker, handed out piece by piece, each from a cache line on: vectors across two lines are read at half the rate.
 struct Room {
   float* next;
-  float* take(int64_t floats) { return std::exchange(next, next + floats); }
+  float* take(int64_t floats) { return std::exchange(next, next + (floats + 15) / 16 * 16); }
 };
 
 // How many floats a struct of such pieces has, of these sizes.
