@@ -11,7 +11,8 @@ constexpr int TAPS = 11;  // whose gradients are summed at once: a register each
 struct Shape {
   int64_t B, S, K, N;
   int H, W;
-  int64_t tasks() const { return B * K; }
+  int64_t group() const { return N / K; }
+  int64_t chunks() const { return (S + BLOCK - 1) / BLOCK; }  // of a sequence
 };
 
 struct Pieces {
@@ -19,7 +20,6 @@ struct Pieces {
   int64_t W, H;
   // The taps between zeros, and the input from W / 2 positions before a chunk to as many after it, zero beyond the ends of the sequence.
   float *taps = room.take(W + 2 * ROWS), *window = room.take((BLOCK + W + TAPS) * H), *d_window = room.take((BLOCK + W + TAPS) * H);
-  float* d_taps = room.take((W + TAPS) * LANES);
 };
 
 // The taps of head n, in this order or the other.
@@ -43,11 +43,12 @@ void filter(const Shape& s, const float* taps, const float* window, int rows, fl
     product(std::min(ROWS, rows - i), s.H, s.W + ROWS - 1, {taps + ROWS, -1, 1}, window + i * s.H, s.H, to + i * to_row, to_row, add);
 }
 
+// body(pieces, b, n): chunk n of sequence b, all its heads, whose channels stand beside each other in memory.
 template <class Body>
 void over_chunks(ffi::ThreadPool& pool, const Shape& s, Results& memory, Body body) {
-  parallel(pool, s.tasks(), memory->dimensions()[0], [&](int64_t task, int64_t worker) {
+  parallel(pool, s.B * s.chunks(), memory->dimensions()[0], [&](int64_t task, int64_t worker) {
     const Pieces x{{memory->typed_data() + worker * memory->dimensions()[1]}, s.W, s.H};
-    body(x, task / s.K, task % s.K);
+    body(x, task / s.chunks(), task % s.chunks());
   });
 }
 
@@ -58,25 +59,23 @@ Shape shape_of(const Floats& v, const Floats& taps) {
 
 ffi::Error forward(ffi::ThreadPool pool, Floats v, Floats taps, Results o, Results memory) {
   const Shape s = shape_of(v, taps);
-  over_chunks(pool, s, memory, [&](const Pieces& x, int64_t b, int64_t head) {
-    forwards(0, s.S, [&](Chunk c) {
-      place_window(s, v.typed_data(), s.K, b, head, c.at, x.window);
-      for (int64_t n = head * (s.N / s.K); n < (head + 1) * (s.N / s.K); ++n) {
-        place_taps(s, taps.typed_data() + n * s.W, false, x.taps);
-        filter(s, x.taps, x.window, c.rows, o->typed_data() + ((b * s.S + c.at) * s.N + n) * s.H, s.N * s.H, false);
-      }
-    });
+  over_chunks(pool, s, memory, [&](const Pieces& x, int64_t b, int64_t chunk) {
+    const int64_t first = chunk * BLOCK;
+    const int rows = int(std::min<int64_t>(BLOCK, s.S - first));
+    for (int64_t n = 0; n < s.N; ++n) {
+      if (n % s.group() == 0) place_window(s, v.typed_data(), s.K, b, n / s.group(), first, x.window);
+      place_taps(s, taps.typed_data() + n * s.W, false, x.taps);
+      filter(s, x.taps, x.window, rows, o->typed_data() + ((b * s.S + first) * s.N + n) * s.H, s.N * s.H, false);
+    }
   });
   return ffi::Error::Success();
 }
 
-// d_taps[w] += sum over the chunk's positions and channels of d_o[i] window[i + w], lane by lane.
-void filter_gradient(const Shape& s, const Pieces& x) {
+// d_taps[w] = sum over the chunk's positions and channels of d_o[i] window[i + w].
+void filter_gradient(const Shape& s, const Pieces& x, float* d_taps) {
   const float* d_o = x.d_window + s.W / 2 * s.H;  // zero beyond the end
   for (int w = 0; w < s.W; w += TAPS) {
-    Vector sum[TAPS];
-#pragma GCC unroll 16
-    for (int u = 0; u < TAPS; ++u) sum[u] = load(x.d_taps + (w + u) * LANES);
+    Vector sum[TAPS] = {};
     for (int i = 0; i < BLOCK; i += 2)
       for (int h = 0; h < s.H; h += LANES) {
         const Vector first = load(d_o + i * s.H + h), second = load(d_o + (i + 1) * s.H + h);
@@ -90,25 +89,25 @@ void filter_gradient(const Shape& s, const Pieces& x) {
         }
       }
 #pragma GCC unroll 16
-    for (int u = 0; u < TAPS; ++u) store(x.d_taps + (w + u) * LANES, sum[u]);
+    for (int u = 0; u < TAPS; ++u)
+      if (w + u < s.W) d_taps[w + u] = sum_of_lanes(sum[u]);
   }
 }
 
-// d_taps [B, N, W].
+// d_taps [B, chunks, N, W].
 ffi::Error backward(ffi::ThreadPool pool, Floats v, Floats taps, Floats d_o, Results dv, Results d_taps, Results memory) {
   const Shape s = shape_of(v, taps);
-  over_chunks(pool, s, memory, [&](const Pieces& x, int64_t b, int64_t head) {
-    const int64_t first_head = head * (s.N / s.K);
-    for (int64_t n = first_head; n < first_head + s.N / s.K; ++n) {
+  over_chunks(pool, s, memory, [&](const Pieces& x, int64_t b, int64_t chunk) {
+    const int64_t first = chunk * BLOCK;
+    const int rows = int(std::min<int64_t>(BLOCK, s.S - first));
+    for (int64_t n = 0; n < s.N; ++n) {
+      const int64_t head = n / s.group();
+      const bool begins = n % s.group() == 0;
+      if (begins) place_window(s, v.typed_data(), s.K, b, head, first, x.window);
+      place_window(s, d_o.typed_data(), s.N, b, n, first, x.d_window);
       place_taps(s, taps.typed_data() + n * s.W, true, x.taps);
-      std::fill(x.d_taps, x.d_taps + (s.W + TAPS) * LANES, 0.0f);
-      forwards(0, s.S, [&](Chunk c) {
-        place_window(s, d_o.typed_data(), s.N, b, n, c.at, x.d_window);
-        filter(s, x.taps, x.d_window, c.rows, dv->typed_data() + ((b * s.S + c.at) * s.K + head) * s.H, s.K * s.H, n > first_head);
-        place_window(s, v.typed_data(), s.K, b, head, c.at, x.window);
-        filter_gradient(s, x);
-      });
-      for (int w = 0; w < s.W; ++w) d_taps->typed_data()[(b * s.N + n) * s.W + w] = sum_of_lanes(load(x.d_taps + w * LANES));
+      filter(s, x.taps, x.d_window, rows, dv->typed_data() + ((b * s.S + first) * s.K + head) * s.H, s.K * s.H, !begins);
+      filter_gradient(s, x, d_taps->typed_data() + ((b * s.chunks() + chunk) * s.N + n) * s.W);
     }
   });
   return ffi::Error::Success();
