@@ -3,7 +3,8 @@
 Kitaev et al. 2020, sec. 2. Queries and keys are one vector, k = q / |q|. A round of angular hashing puts x into bucket argmax [x R; -x R]
 with a random R; the sequence is sorted by (bucket, position) and cut into chunks of `bucket_size` positions, twice the mean bucket; a query
 sees its own chunk and the one before (eq. 5), only earlier positions when causal, and itself only if it sees nothing else. Rounds are
-united (eq. 6 and appendix A): a pair that met in n rounds weighs 1 / n in each, and the logsumexp of the rounds merges them.
+united by their logsumexp (eq. 6 and appendix A). There a pair that met in n rounds weighs 1 / n in each; here it is seen in the first of
+them alone, which comes to the same.
 
 Where the paper and the authors' code (trax) differ, as in the code: scores are q'k / |k|, without another 1 / sqrt(H); a chunk is not divided
 at bucket borders, as in their experiments (eq. 4 divides it: across_buckets=False); more than 128 buckets are hashed as two factors.
@@ -17,25 +18,19 @@ a later token can change which earlier ones a query is compared with.
 """
 
 import dataclasses
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from attn_zoo.attention.base import Attention, Paper, Variant, repeat_kv, softmax_reference
 from attn_zoo.attention.pattern import pair_flops
 from attn_zoo.ops import backends
 from attn_zoo.ops.merge import merge
-from attn_zoo.ops.native_attention import SAVED
+from attn_zoo.ops.native_rounds import native_buckets, native_rounds
 from attn_zoo.ops.tiled import tiled_attention
 from attn_zoo.spec import check, check_int
-
-
-# Of the weights of pairs that met more than once, at a time: in a loop XLA's CPU backend takes ten times longer for them. A chunk is no longer where the sequence is.
-ADDED_BYTES = 64 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,22 +94,33 @@ def normalized(k_BTKH, options: Options):
 
 def lsh_attention(q_BTNH, k_BTKH, v_BTKH, valid_BT, bucket_RBKT, options: Options, causal: bool, backend: str = "xla"):
     """Attention over the pairs that met in some round, [B, T, N, H]. In `bucket` the invalid positions come last."""
+    N, wide = q_BTNH.shape[2], jnp.promote_types(q_BTNH.dtype, jnp.float32)
+    attend = {"xla": attention_in_rounds, "native": native_rounds}[backend]
+    q, k, v = q_BTNH.astype(wide), normalized(k_BTKH, options), v_BTKH.astype(wide)
+    T = q.shape[1]
+    window = min(options.bucket_size, T)
+    order, rank = sorted_places(bucket_RBKT, math.prod(bucket_factors(T, options.bucket_size)))
+    # Query and key met where their places differ by 0 or 1. A place is a chunk or, within buckets, a chunk of one bucket.
+    place = rank // window if options.across_buckets else bucket_RBKT * (-(-T // window) + 1) + rank // window
+    o_BTNH, lse_BTN = attend(q, k, v, order, place, window=window, valid_BT=valid_BT, causal=causal, itself=options.attend_self)
+    return jnp.where(jnp.isneginf(lse_BTN)[..., None], repeat_kv(v_BTKH, N), o_BTNH)
+
+
+def attention_in_rounds(q_BTNH, k_BTKH, v_BTKH, order_RBKT, place_RBKT, *, window: int, valid_BT, causal: bool, itself: bool):
+    """As `native_rounds`, round by round in tiles of a chunk by two."""
     B, T, N, H = q_BTNH.shape
-    R, K = bucket_RBKT.shape[0], k_BTKH.shape[2]
-    G, W = N // K, min(options.bucket_size, T)
-    C = -(-T // W)
-    wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
+    R, K = order_RBKT.shape[0], k_BTKH.shape[2]
+    G, W, C = N // K, window, -(-T // window)
+    beyond = [(0, 0)] * 3 + [(0, C * W - T)]
+    order, place = jnp.pad(order_RBKT, beyond), jnp.pad(place_RBKT, beyond)
+    order = order.at[..., T:].set(jnp.arange(T, C * W))
+    rank = inverse_of(order)
 
     def rows(x, *rest):  # [B, T, ...] -> [B, K, C W, ...]
         return jnp.pad(x.reshape(B, T, K, *rest).swapaxes(1, 2), [(0, 0), (0, 0), (0, C * W - T)] + [(0, 0)] * len(rest))
 
-    q, k, v = rows(q_BTNH.astype(wide), G * H), rows(normalized(k_BTKH, options), H), rows(v_BTKH.astype(wide), H)
+    q, k, v = rows(q_BTNH, G * H), rows(k_BTKH, H), rows(v_BTKH, H)
     valid = jnp.broadcast_to(jnp.pad(jnp.ones((B, T), bool) if valid_BT is None else valid_BT, ((0, 0), (0, C * W - T)))[:, None], (B, K, C * W))
-    beyond = 2 * math.prod(bucket_factors(T, options.bucket_size))
-    bucket = jnp.pad(bucket_RBKT, ((0, 0),) * 3 + ((0, C * W - T),), constant_values=beyond)
-    order, rank = sorted_places(bucket, beyond)
-    # Query and key met where their places differ by 0 or 1. A place is a chunk or, within buckets, a chunk of one bucket.
-    place = rank // W if options.across_buckets else jnp.where(bucket < beyond, bucket, -1) * (C + 1) + rank // W
 
     def chunks(x):  # [B, K, C W, ...] -> [B K C, W, ...]
         return x.reshape(B * K * C, W, *x.shape[3:])
@@ -128,36 +134,33 @@ def lsh_attention(q_BTNH, k_BTKH, v_BTKH, valid_BT, bucket_RBKT, options: Option
         apart = place_i[:, None] - place_j[None, :]
         return (apart == 0) | (apart == 1)
 
-    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(SAVED))
+    @jax.checkpoint
     def one_round(args):
         r, order, rank = args
 
         def pairs(about):
             i, j, valid, here_i, here_j, place_i, place_j = about
             seen = met(here_i, here_j) & valid
-            # A round at a time, and no log of every pair: XLA's CPU backend takes ten times longer for a sum over a short axis.
-            times = sum(met(place_i[n], place_j[n]).astype(jnp.int32) for n in range(R))
-            weight = jnp.zeros(times.shape, jnp.float32)
-            for n in range(2, R + 1):
-                weight = jnp.where(times == n, np.float32(-math.log(n)), weight)
+            for n in range(R - 1):
+                seen &= ~met(place_i[n], place_j[n])
             if causal:
                 seen &= j <= i[:, None]
-            if not options.attend_self:
+            if not itself:
                 seen &= j != i[:, None]
-            return seen, weight
+            return seen, 0.0
 
-        sort = lambda x: jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 3)), axis=2)
-        of_rounds = lambda tile: jax.vmap(lambda x: tile(sort(x)), out_axes=1)(place)
+        sort = lambda x: jnp.take_along_axis(x, order, axis=2)
+        of_rounds = lambda tile, places: jax.vmap(lambda x: tile(sort(x)), out_axes=1)(places)
         here = sort(jnp.take(place, r, axis=0))
-        about = chunks(order), with_previous(order), with_previous(sort(valid)), chunks(here), with_previous(here), of_rounds(chunks), of_rounds(with_previous)
+        earlier = jnp.where(jnp.arange(R)[:, None, None, None] < r, place, -(2**30))  # in other rounds no query meets a key
+        about = chunks(order), with_previous(order), with_previous(sort(valid)), chunks(here), with_previous(here), of_rounds(chunks, earlier), of_rounds(with_previous, place)
         tiles = chunks(permute(q, order, rank)).reshape(-1, W, G, H).swapaxes(1, 2)
-        o, lse = tiled_attention(tiles, *(with_previous(permute(x, order, rank)) for x in (k, v)), pairs, about, backend=backend, added_bytes=ADDED_BYTES)
+        o, lse = tiled_attention(tiles, *(with_previous(permute(x, order, rank)) for x in (k, v)), pairs, about)
         o = permute(o.swapaxes(1, 2).reshape(B, K, C * W, G * H), rank, order)[:, :, :T]
         lse = permute(lse.swapaxes(1, 2).reshape(B, K, C * W, G), rank, order)[:, :, :T]
         return o.swapaxes(1, 2).reshape(B, T, N, H), lse.swapaxes(1, 2).reshape(B, T, N)
 
-    o_BTNH, lse_BTN = merge(*zip(*lax.map(one_round, (jnp.arange(R), order, rank))))
-    return jnp.where(jnp.isneginf(lse_BTN)[..., None], repeat_kv(v_BTKH, N), o_BTNH)
+    return merge(*zip(*lax.map(one_round, (jnp.arange(R), order, rank))))
 
 
 def sorted_places(bucket, most: int):
@@ -171,9 +174,14 @@ def sorted_places(bucket, most: int):
         order = jnp.sort(bucket * T + positions, axis=-1) % T
     else:
         order = jnp.argsort(bucket, axis=-1, stable=True)
-    flat = order.reshape(-1, T)
-    rank = jax.vmap(lambda order: jnp.zeros_like(order).at[order].set(positions, unique_indices=True))(flat)
-    return order, rank.reshape(order.shape)
+    return order, inverse_of(order)
+
+
+def inverse_of(order):
+    """The place of each position, where `order` [..., T] tells the position at each place."""
+    flat, places = order.reshape(-1, order.shape[-1]), jnp.arange(order.shape[-1], dtype=order.dtype)
+    rank = jax.vmap(lambda order: jnp.zeros_like(order).at[order].set(places, unique_indices=True))(flat)
+    return rank.reshape(order.shape)
 
 
 @jax.custom_vjp
@@ -212,7 +220,7 @@ class Lsh(Attention):
         factors = bucket_factors(T, self.options.bucket_size)
         key = jax.random.key(self.options.seed) if key is None else key
         rotations = jax.random.normal(key, (self.options.num_hashes, K, H, sum(factors) // 2))
-        bucket_RBKT = hash_buckets(k_BSKH, rotations, factors)
+        bucket_RBKT = {"xla": hash_buckets, "native": native_buckets}[self.backend()](k_BSKH, rotations, factors)
         return bucket_RBKT if valid_BS is None else jnp.where(valid_BS[:, None, :], bucket_RBKT, math.prod(factors))
 
     def backend(self, masked=False):

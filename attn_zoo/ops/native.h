@@ -225,6 +225,61 @@ void copy_rows(const float* from, int64_t from_row, float* to, int64_t to_row, i
   for (int64_t i = 0; i < rows; ++i) std::memcpy(to + i * to_row, from + i * from_row, sizeof(float) * H);
 }
 
+// A part of a float array, and how far apart its rows are.
+struct Rows {
+  const float* x;
+  int64_t row;
+};
+
+// Softmax over scores [keys, queries] to base 2, tile by tile: o_t [H, queries] is a sum of values with weights 2^(score - top), and `total` that of the weights.
+struct Softmax {
+  int H;
+  float *o_t, *top, *total;
+
+  void begin() const {
+    std::fill(o_t, o_t + H * BLOCK, 0.0f);
+    std::fill(top, top + BLOCK, HIDDEN / 2);  // so that hidden pairs get 2^(HIDDEN / 2) = 0 even in a row that sees nothing
+    std::fill(total, total + BLOCK, 0.0f);
+  }
+
+  // A tile joins what is there; its scores become weights.
+  void add(float* scores, int keys, Rows values) const {
+    for (int i = 0; i < BLOCK; i += LANES) {
+      const Vector old = load(top + i);
+      Vector now = old, sum{};
+      for (int j = 0; j < keys; ++j) now = larger(now, load(scores + j * BLOCK + i));
+      for (int j = 0; j < keys; ++j) {
+        const Vector weight = exp2(load(scores + j * BLOCK + i) - now);
+        store(scores + j * BLOCK + i, weight);
+        sum += weight;
+      }
+      const Vector shrink = exp2(old - now);
+      store(top + i, now);
+      store(total + i, load(total + i) * shrink + sum);
+      for (int h = 0; h < H; ++h) store(o_t + h * BLOCK + i, load(o_t + h * BLOCK + i) * shrink);
+    }
+    product(H, BLOCK, keys, {values.x, 1, values.row}, scores, BLOCK, o_t, BLOCK, true);
+  }
+};
+
+// The logarithm of a sum of weights, and what the sum of values is multiplied by: of a query that sees nothing, -inf and 0.
+float logarithm(float top, float total) { return total != 0 ? top / LOG2E + std::log(total) : -std::numeric_limits<float>::infinity(); }
+float inverse(float total) { return total != 0 ? 1 / total : 0; }
+
+// The backward pass of one query: 2^(score - top) is its weight, and 0 where it sees nothing. d lse / d score = weight and d o / d score = weight (v - o):
+// both fold into one number, delta = do'o - dlse.
+float top_of(float lse) { return lse == -std::numeric_limits<float>::infinity() ? -HIDDEN : lse * LOG2E; }
+
+// Of a tile, scores become weights, and ds, products of do and values, the gradients by scores before they were scaled.
+void weigh_back(float* scores, float* ds, int keys, const float* top, const float* delta, float scale) {
+  for (int j = 0; j < keys; ++j)
+    for (int i = 0; i < BLOCK; i += LANES) {
+      const Vector weight = exp2(load(scores + j * BLOCK + i) - load(top + i));
+      store(scores + j * BLOCK + i, weight);
+      store(ds + j * BLOCK + i, weight * (load(ds + j * BLOCK + i) - load(delta + i)) * scale);
+    }
+}
+
 // Runs task(n, worker) for n < tasks on the pool and on the calling thread, which waits for tasks, never for a thread: all of the pool may be
 // busy with callers that wait too.
 template <class Task>
@@ -250,12 +305,6 @@ void parallel(ffi::ThreadPool& pool, int64_t tasks, int64_t workers, Task task) 
   std::unique_lock<std::mutex> lock(state->mutex);
   state->all_done.wait(lock, [&] { return state->done == tasks; });
 }
-
-// A part of a float array, and how far apart its rows are.
-struct Rows {
-  const float* x;
-  int64_t row;
-};
 
 // Positions of one chunk of one sequence, by their number in the batch.
 struct Chunk {

@@ -24,12 +24,13 @@ from jaxtyping import Array
 
 from attn_zoo.spec import Unsupported
 
-KERNELS = (*(f"{name}_{way}" for name in ("attention", "linear", "delta", "gathered", "additive", "convolution", "inverse") for way in ("forward", "backward")), "best_keys")
+PASSES = ("attention", "linear", "delta", "gathered", "rounds", "additive", "convolution", "inverse")  # a source each, with a kernel forward and one backward
+KERNELS = (*(f"{name}_{way}" for name in PASSES for way in ("forward", "backward")), "best_keys", "buckets")
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)  # of arguments; all is computed in float32
 LANES = 16  # of the widest vectors; channels are padded to whole ones
 FOLDER = Path(__file__).parent
 HEADER = "native.h"
-SOURCES = tuple(f"native_{name}.cc" for name in ("attention", "linear", "delta", "gathered", "additive", "convolution", "inverse"))
+SOURCES = tuple(f"native_{name}.cc" for name in PASSES)
 # What the first option after -O3 leaves out carries factors from one step of a product to the next: where rows of factors overlap, as taps do, one sum too many for the registers.
 FLAGS = ("-O3", "-fno-predictive-commoning", "-march=native", "-std=c++17", "-fPIC")
 
@@ -49,9 +50,9 @@ def check(dtype) -> None:
         raise Unsupported(f"the native kernels cannot serve here: {reason}")
 
 
-def call(kernel: str, shapes, arguments, *, tasks: int, room: tuple[int, int], dtype=jnp.float32, **attributes) -> list[Array]:
+def call(kernel: str, shapes, arguments, *, tasks: int, room: tuple[int, ...], dtype=jnp.float32, **attributes) -> list[Array]:
     """Runs one of KERNELS: its results of these shapes, of `dtype`. It has so many tasks, and what `room` tells it to need of memory for each core."""
-    floats = getattr(library(), f"attn_zoo_{kernel}_floats")(*room)
+    floats = getattr(library(), f"attn_zoo_{kernel}_floats")(*map(ctypes.c_int64, room))
     results = [*(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes), jax.ShapeDtypeStruct((min(core_count(), tasks), floats), jnp.float32)]
     return jax.ffi.ffi_call(f"attn_zoo_{kernel}", results, vmap_method="sequential")(*arguments, **attributes)[:-1]
 
@@ -88,8 +89,7 @@ def _library() -> ctypes.CDLL | str:
     except OSError as error:
         return f"it cannot be compiled: {error}"
     for name in KERNELS:
-        floats = getattr(found, f"attn_zoo_{name}_floats")
-        floats.restype, floats.argtypes = ctypes.c_int64, [ctypes.c_int64] * 2
+        getattr(found, f"attn_zoo_{name}_floats").restype = ctypes.c_int64
         jax.ffi.register_ffi_target(f"attn_zoo_{name}", jax.ffi.pycapsule(getattr(found, f"attn_zoo_{name}")), platform="cpu")
     return found
 

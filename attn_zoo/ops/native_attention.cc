@@ -162,41 +162,25 @@ ffi::Error forward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, ffi::Buff
 
   over_tasks(pool, s, memory, [&](int64_t b, int64_t head, int64_t split, Room room) {
     const Rows keys = gathered(s, k, b, head, room), values = gathered(s, v, b, head, room);
-    float *q_t = room.take(s.H * BLOCK), *o_t = room.take(s.H * BLOCK), *p = room.take(BLOCK * BLOCK), *top = room.take(BLOCK), *total = room.take(BLOCK);
+    float *q_t = room.take(s.H * BLOCK), *p = room.take(BLOCK * BLOCK);
+    const Softmax softmax{s.H, room.take(s.H * BLOCK), room.take(BLOCK), room.take(BLOCK)};
     over_queries(s, b, head, split, [&](int64_t c, Queries rows) {
       const int64_t row = (rows.b * s.T + rows.first) * s.N + rows.head;
       turn(q.typed_data() + row * s.H, s.query_row(), rows.rows, s.H, s.scale * LOG2E, q_t);
       const int64_t ahead = std::min<int64_t>(BLOCK, s.T - rows.first - rows.rows), to_next = BLOCK * s.N * s.H;
       fetch(q.typed_data() + row * s.H + to_next, s.query_row(), ahead, s.H);
       fetch(o->typed_data() + row * s.H, s.query_row(), rows.rows, s.H);
-      std::fill(o_t, o_t + s.H * BLOCK, 0.0f);
-      std::fill(top, top + BLOCK, HIDDEN / 2);  // so that hidden pairs get 2^(HIDDEN / 2) = 0 even in a row that sees nothing
-      std::fill(total, total + BLOCK, 0.0f);
+      softmax.begin();
       over_blocks(blocks, c, s.S, [&](int64_t j0, int count, const uint8_t* bits) {
         product(count, BLOCK, s.H, {keys.x + j0 * keys.row, keys.row, 1}, q_t, BLOCK, p, BLOCK, false);
         finish(s, rows, valid, added, by_distance, j0, count, bits, p);
-        for (int i = 0; i < BLOCK; i += LANES) {
-          const Vector old = load(top + i);
-          Vector now = old, sum{};
-          for (int j = 0; j < count; ++j) now = larger(now, load(p + j * BLOCK + i));
-          for (int j = 0; j < count; ++j) {
-            const Vector weight = exp2(load(p + j * BLOCK + i) - now);
-            store(p + j * BLOCK + i, weight);
-            sum += weight;
-          }
-          const Vector shrink = exp2(old - now);
-          store(top + i, now);
-          store(total + i, load(total + i) * shrink + sum);
-          for (int h = 0; h < s.H; ++h) store(o_t + h * BLOCK + i, load(o_t + h * BLOCK + i) * shrink);
-        }
-        product(s.H, BLOCK, count, {values.x + j0 * values.row, 1, values.row}, p, BLOCK, o_t, BLOCK, true);
+        softmax.add(p, count, {values.x + j0 * values.row, values.row});
       });
       for (int i = 0; i < rows.rows; ++i) {
-        const bool seen = total[i] != 0;
-        lse->typed_data()[row + i * s.N] = seen ? top[i] / LOG2E + std::log(total[i]) : -std::numeric_limits<float>::infinity();
-        total[i] = seen ? 1 / total[i] : 0;
+        lse->typed_data()[row + i * s.N] = logarithm(softmax.top[i], softmax.total[i]);
+        softmax.total[i] = inverse(softmax.total[i]);
       }
-      turn_back(o_t, rows.rows, s.H, total, o->typed_data() + row * s.H, s.query_row());
+      turn_back(softmax.o_t, rows.rows, s.H, softmax.total, o->typed_data() + row * s.H, s.query_row());
     });
   });
   return ffi::Error::Success();
@@ -233,10 +217,8 @@ ffi::Error backward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, ffi::Buf
       std::fill(dq_t, dq_t + size, 0.0f);
       for (int i = 0; i < BLOCK; ++i) {
         const float lse_i = i < rows.rows ? lse.typed_data()[row + i * s.N] : -std::numeric_limits<float>::infinity();
-        const bool seen = lse_i != -std::numeric_limits<float>::infinity();
-        top[i] = seen ? lse_i * LOG2E : -HIDDEN;  // 2^(score - top) is 0 where the row sees nothing
-        // d lse / d score = p and d o / d score = p (v - o): both fold into one number a row.
-        delta[i] = seen ? dot(from_do + i * s.query_row(), from_o + i * s.query_row(), s.H) - d_lse.typed_data()[row + i * s.N] : 0.0f;
+        top[i] = top_of(lse_i);
+        delta[i] = top[i] != -HIDDEN ? dot(from_do + i * s.query_row(), from_o + i * s.query_row(), s.H) - d_lse.typed_data()[row + i * s.N] : 0.0f;
         ones[i] = 1.0f;
       }
       over_blocks(blocks, c, s.S, [&](int64_t j0, int count, const uint8_t* bits) {
@@ -244,12 +226,7 @@ ffi::Error backward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, ffi::Buf
         product(count, BLOCK, s.H, k_j, q_t, BLOCK, p, BLOCK, false);
         finish(s, rows, valid, added, by_distance, j0, count, bits, p);
         product(count, BLOCK, s.H, v_j, do_t, BLOCK, ds, BLOCK, false);
-        for (int j = 0; j < count; ++j)
-          for (int i = 0; i < BLOCK; i += LANES) {
-            const Vector weight = exp2(load(p + j * BLOCK + i) - load(top + i));
-            store(p + j * BLOCK + i, weight);
-            store(ds + j * BLOCK + i, weight * (load(ds + j * BLOCK + i) - load(delta + i)) * s.scale);
-          }
+        weigh_back(p, ds, count, top, delta, s.scale);
         if (modified) {
           float* d_table = d_by_distance->typed_data() + (split * s.B + rows.b) * s.N * width + place(s, rows, width, j0);
           for (int j = 0; j < count; ++j)

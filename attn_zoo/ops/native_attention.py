@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from attn_zoo.ops import native
@@ -19,7 +18,6 @@ BLOCK = 64  # queries, and keys, of a tile
 MOST_HEAD_DIM = 256
 MOST_SPLITS = 4  # parts of a head's queries that run beside each other; each has dk and dv of its own
 NOTHING = np.zeros((0, 0, 0), np.float32)  # added to scores
-SAVED = "native attention"  # the name of results, for policies of jax.checkpoint: with them the backward pass need not run the forward pass again
 
 
 def serves(dtype, head_dim: int, modified: ScoreMod | str | bool = False) -> bool | str:
@@ -98,7 +96,7 @@ def _attend(pattern: Pattern, scale: float, added: Callable[[Any], Array]) -> Ca
         return tuple(call("forward", lambda splits: (q.shape, q.shape[:3]), q, k, v, valid, about, table))
 
     def attend_fwd(*inputs):
-        o, lse = (checkpoint_name(x, SAVED) for x in attend(*inputs))
+        o, lse = attend(*inputs)
         return (o, lse), (*inputs, o, lse)
 
     def attend_bwd(residuals, cotangents):

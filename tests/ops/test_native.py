@@ -244,6 +244,7 @@ def test_refuses_with_the_reason(monkeypatch):
 # A script that says what 'auto' takes, and why not the native kernels, and then holds them against XLA's engine; a process has one compiler.
 SCRIPT = """
 import jax, jax.numpy as jnp, numpy as np
+from attn_zoo.attention.lsh import Options, hash_buckets, lsh_attention
 from attn_zoo.attention.nystrom import pseudo_inverse
 from attn_zoo.attention.topk import best_keys
 from attn_zoo.ops.additive import additive_attention
@@ -254,6 +255,7 @@ from attn_zoo.ops.delta import delta_rule
 from attn_zoo.ops.gathered import gathered_attention
 from attn_zoo.ops.native import library
 from attn_zoo.ops.native_gathered import native_best_keys
+from attn_zoo.ops.native_rounds import native_buckets
 from attn_zoo.ops.patterns import FULL, Band
 found = library()
 print(choose("auto", FULL, jnp.float32, 16), found if isinstance(found, str) else "")
@@ -264,6 +266,7 @@ if not isinstance(found, str):
     decay = -0.1 * jnp.asarray(rng.random((2, 133, 2)), jnp.float32)
     index = jnp.asarray(rng.random((2, 2, 133, 75)).argsort(axis=-1)[..., :23])
     factor, weight = jnp.asarray(rng.random(index.shape), jnp.float32), *normals((2, 48))
+    buckets = jnp.asarray(rng.integers(0, 8, (3, 2, 2, 133)), jnp.int32)
     for f, args in (
         (lambda q, k, v, backend: attention_and_logsumexp(q, k, v, pattern=Band(90, 40), backend=backend), arrays(133, 75, 75)),
         (decayed_sums, (*arrays(133, 133, 133), decay)),
@@ -271,6 +274,7 @@ if not isinstance(found, str):
         (lambda q, k, v, w, backend: (additive_attention(q, k, w, v, causal=True, backend=backend),), (*arrays(133, 75, 75), weight)),
         (lambda v, taps, backend: (convolve(v, taps, backend=backend),), (*arrays(133), *normals((4, 33)))),
         (lambda A, backend: (pseudo_inverse(jax.nn.softmax(A + 3 * jnp.eye(40, 23)), 6, backend),), normals((2, 3, 40, 23))),
+        (lambda q, k, v, backend: (lsh_attention(q, k, v, None, buckets, Options(bucket_size=33), True, backend),), arrays(133, 133, 133)),
         (lambda q, k, v, decay, backend: (delta_rule(q, k / 8, v, jnp.exp(decay), backend=backend),), (*arrays(133, 133, 133), decay)),
     ):
         def run(backend):
@@ -280,6 +284,8 @@ if not isinstance(found, str):
     q, k = (jnp.asarray(rng.integers(-3, 4, (2, T, 2, 48)), jnp.float32) for T in (133, 300))  # whole numbers: scores are exact, and many are equal
     for chosen in zip(*(choose(q, k, jnp.tile(jnp.arange(300) % 7 > 0, (2, 1)), 20, True) for choose in (native_best_keys, best_keys))):
         np.testing.assert_array_equal(*(np.where(np.arange(133)[:, None] > 40, x, 0) for x in chosen))  # before there are fewer than 20 to choose from
+    rotations = jnp.asarray(rng.integers(-3, 4, (3, 2, 48, 7)), jnp.float32)
+    np.testing.assert_array_equal(*(hash(k, rotations, (10, 4)) for hash in (native_buckets, hash_buckets)))
 """
 
 
