@@ -133,8 +133,8 @@ struct BackwardPieces {
   Room room;
   int64_t R, H;
   float *S_t = room.take(R * H), *z = room.take(R), *end_of_past = room.next;  // sums of v k', and of k
-  float *U = room.take(R * H), *U_t = room.take(R * H), *u = room.take(R), *end_of_future = room.next;  // of q do', its transpose, and of q dnorm
-  float *k_t = room.take(R * BLOCK), *v_t = room.take(H * BLOCK), *p = room.take(BLOCK * BLOCK), *dp = room.take(BLOCK * BLOCK);
+  float *U = room.take(R * H), *u = room.take(R), *end_of_future = room.next;  // of q do', and of q dnorm
+  float *d_t = room.take(R * BLOCK), *k_t = room.take(R * BLOCK), *v_t = room.take(H * BLOCK), *p = room.take(BLOCK * BLOCK), *dp = room.take(BLOCK * BLOCK);
   float *q = room.take(BLOCK * R), *k = room.take(BLOCK * R), *d_features = room.take(BLOCK * R);
   float *faded = room.take(BLOCK * R), *faded_do = room.take(BLOCK * H), *dnorm = room.take(BLOCK);
 };
@@ -215,20 +215,27 @@ ffi::Error backward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Floats l
     };
     const auto target = [&](float* wanted, int64_t row) { return s.directions.w ? Target{x.d_features, s.R} : Target{wanted, row}; };
 
-    // Gradients of queries, from the keys of their past.
+    // Gradients of queries come from the keys of their past, those of keys and values from the queries of their future.
     const auto absorb_keys = [&](Chunk c, const Fading& fading, Rows k_c) {
       const Rows k_left = faded(s, k_c, c.rows, s.R, fading.till_end, x.faded), v_c = s.v_of(c, head);
       if (s.log_decay) multiply(x.S_t, x.end_of_past - x.S_t, fading.all);
       product(s.H, s.R, c.rows, {v_c.x, 1, v_c.row}, k_left.x, k_left.row, x.S_t, s.R, true);
       add_total(c.rows, k_left, s.R, x.z);
     };
+    const auto absorb_query = [&](Chunk c, const Fading& fading, Rows q_c, Rows do_c) {
+      const Rows q_left = faded(s, q_c, c.rows, s.R, fading.since_start, x.faded);
+      product(s.R, s.H, c.rows, {q_left.x, 1, q_left.row}, do_c.x, do_c.row, x.U, s.H, true);
+      product(1, s.R, c.rows, {x.dnorm, 0, 1}, q_left.x, q_left.row, x.u, s.R, true);
+    };
+
+    // Gradients of queries.
     if (!causal) forwards(b, s.S, [&](Chunk c) { absorb_keys(c, Fading(s, c, head), s.k_of(c, head, x.k)); });
     forwards(b, s.T, [&](Chunk c) {
       const Fading fading(s, c, head);
       const Rows k_c = causal ? s.k_of(c, head, x.k) : Rows{};
       if (causal) turn(s.v_of(c, head).x, s.v_of(c, head).row, c.rows, s.H, 1.0f, x.v_t);
       for (int64_t n = head * G; n < (head + 1) * G; ++n) {
-        const Rows do_left = faded(s, do_of(c, n), c.rows, s.H, fading.since_start, x.faded_do), given = s.given_q(c, n);
+        const Rows do_c = do_of(c, n), do_left = faded(s, do_c, c.rows, s.H, fading.since_start, x.faded_do), given = s.given_q(c, n), q_c = s.q_of(c, n, x.q);
         float* dq_c = dq->typed_data() + (c.at * s.N + n) * s.width;
         const Target d = target(dq_c, given.row);
         read_dnorm(c, n);
@@ -238,25 +245,17 @@ ffi::Error backward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Floats l
           for (int r = 0; r < s.R; r += LANES) store(d.x + i * d.row + r, load(d.x + i * d.row + r) + factor * load(x.z + r));
         }
         if (causal) {
-          weigh(c, fading, do_of(c, n));
+          weigh(c, fading, do_c);
           product(c.rows, s.R, c.rows, {x.dp, BLOCK, 1}, k_c.x, k_c.row, d.x, d.row, true);
+        } else {
+          absorb_query(c, fading, q_c, do_c);
         }
-        if (s.directions.w) s.directions.back(given, c.rows, true, s.q_of(c, n, x.q).x, d.x, dq_c, given.row);
+        if (s.directions.w) s.directions.back(given, c.rows, true, q_c.x, d.x, dq_c, given.row);
       }
       if (causal) absorb_keys(c, fading, k_c);
     });
 
-    // Gradients of keys and values, from the queries of their future.
-    const auto absorb_query = [&](Chunk c, const Fading& fading, Rows q_c, Rows do_c) {
-      const Rows q_left = faded(s, q_c, c.rows, s.R, fading.since_start, x.faded);
-      product(s.R, s.H, c.rows, {q_left.x, 1, q_left.row}, do_c.x, do_c.row, x.U, s.H, true);
-      product(s.H, s.R, c.rows, {do_c.x, 1, do_c.row}, q_left.x, q_left.row, x.U_t, s.R, true);
-      product(1, s.R, c.rows, {x.dnorm, 0, 1}, q_left.x, q_left.row, x.u, s.R, true);
-    };
-    if (!causal)
-      forwards(b, s.T, [&](Chunk c) {
-        for (int64_t n = head * G; n < (head + 1) * G; ++n) read_dnorm(c, n), absorb_query(c, Fading(s, c, head), s.q_of(c, n, x.q), do_of(c, n));
-      });
+    // Gradients of keys and values.
     backwards(b, s.S, [&](Chunk c) {
       const Fading fading(s, c, head);
       const Rows given = s.given_k(c, head), k_c = s.k_of(c, head, x.k), v_c = s.v_of(c, head);
@@ -264,12 +263,13 @@ ffi::Error backward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Floats l
       float *dk_c = dk->typed_data() + (c.at * s.K + head) * s.width, *dv_c = dv->typed_data() + (c.at * s.K + head) * s.H;
       const Target d = target(dk_c, given.row);
       product(c.rows, s.H, s.R, {k_left.x, k_left.row, 1}, x.U, s.H, dv_c, v_c.row, false);
-      product(c.rows, s.R, s.H, {v_c.x, v_c.row, 1}, x.U_t, s.R, d.x, d.row, false);
-      for (int j = 0; j < c.rows; ++j)
-        for (int r = 0; r < s.R; r += LANES) store(d.x + j * d.row + r, fading.till_end[j] * (load(d.x + j * d.row + r) + load(x.u + r)));
+      turn(v_c.x, v_c.row, c.rows, s.H, 1.0f, x.v_t);
+      product(s.R, BLOCK, s.H, {x.U, s.H, 1}, x.v_t, BLOCK, x.d_t, BLOCK, false);
+      for (int r = 0; r < s.R; ++r)
+        for (int j = 0; j < BLOCK; j += LANES) store(x.d_t + r * BLOCK + j, load(x.d_t + r * BLOCK + j) + x.u[r]);
+      turn_back(x.d_t, c.rows, s.R, fading.till_end, d.x, d.row);
       if (causal) {
         turn(k_c.x, k_c.row, c.rows, s.R, 1.0f, x.k_t);
-        turn(v_c.x, v_c.row, c.rows, s.H, 1.0f, x.v_t);
         if (s.log_decay) multiply(x.U, x.end_of_future - x.U, fading.all);
         for (int64_t n = head * G; n < (head + 1) * G; ++n) {
           const Rows q_c = s.q_of(c, n, x.q), do_c = do_of(c, n);
