@@ -20,6 +20,7 @@ from attn_zoo.attention.base import Attention, Paper, Variant, repeat_kv
 from attn_zoo.attention.pattern import pair_flops
 from attn_zoo.ops import backends
 from attn_zoo.ops.gathered import gathered_attention
+from attn_zoo.ops.rows import first_largest
 from attn_zoo.spec import check_int
 
 
@@ -105,15 +106,20 @@ def kmeans(signs_BNTb, valid_BNT, clusters: int, iterations: int):
     centroid_BNCb = jnp.take_along_axis(signs_BNTb, first_BNC[..., None], axis=2)
 
     def assign(centroid_BNCb):
-        label_BNT = jnp.einsum("BNTb,BNCb->BNTC", signs_BNTb, centroid_BNCb).argmax(axis=-1)  # bits - 2 x Hamming distance
-        return label_BNT, jax.nn.one_hot(label_BNT, clusters) * valid_BNT[..., None]
+        return first_largest(jnp.einsum("BNCb,BNTb->BNCT", centroid_BNCb, signs_BNTb), axis=2)[1]  # bits - 2 x Hamming distance
+
+    @jax.vmap
+    @jax.vmap
+    def votes(signs_Tb, valid_T, label_T):  # and their number
+        total = lambda x: jax.ops.segment_sum(x, label_T, num_segments=clusters)
+        return total(jnp.where(valid_T[:, None], signs_Tb, 0.0)), total(valid_T.astype(jnp.int32))
 
     def update(_, centroid_BNCb):
-        _, member_BNTC = assign(centroid_BNCb)
-        votes_BNCb = jnp.einsum("BNTC,BNTb->BNCb", member_BNTC, signs_BNTb)
-        return jnp.where(member_BNTC.any(axis=2)[..., None], jnp.where(votes_BNCb > 0, 1.0, -1.0), centroid_BNCb)
+        votes_BNCb, size_BNC = votes(signs_BNTb, valid_BNT, assign(centroid_BNCb))
+        return jnp.where(size_BNC[..., None] > 0, jnp.where(votes_BNCb > 0, 1.0, -1.0), centroid_BNCb)
 
-    return assign(lax.fori_loop(0, iterations, update, centroid_BNCb))
+    label_BNT = assign(lax.fori_loop(0, iterations, update, centroid_BNCb))
+    return label_BNT, jax.nn.one_hot(label_BNT, clusters) * valid_BNT[..., None]
 
 
 def centroid_weights(q_BTNH, k_BSNH, member_BNTC, valid_BS):

@@ -25,8 +25,9 @@ from attn_zoo.attention.base import Bound, Loss, Paper, ScoreFunction, Statistic
 from attn_zoo.attention.full import pattern
 from attn_zoo.attention.pattern import SlotDecoding, dense_mask
 from attn_zoo.ops.blocked import NEG, TILE_BYTES, ScoreMod, blocked_attention
+from attn_zoo.ops.native_gathered import native_best_keys
 from attn_zoo.ops.patterns import CAUSAL, count_pairs
-from attn_zoo.ops.rows import dot_rows
+from attn_zoo.ops.rows import dot_rows, first_largest
 from attn_zoo.ops.slots import put, score_row
 from attn_zoo.spec import check, check_choice, check_number
 
@@ -91,19 +92,18 @@ def largest(q_BTNH, k_BSKH, seeds_BN2, *, causal, valid_BS, scale):
     seeds = None if seeds_BN2 is None else seeds_BN2.reshape(B, K, G, 1, 1, 2)
 
     def query_block(c):
-        i, q_c = c * bq + jnp.arange(bq)[:, None], lax.dynamic_slice_in_dim(q, c * bq, bq, 3)
+        i, q_c = c * bq + jnp.arange(bq), lax.dynamic_slice_in_dim(q, c * bq, bq, 3)
 
         def body(n, carry):
             best, index = carry
-            j = n * bk + jnp.arange(bk)
-            scores = scale * jnp.einsum("BKGTH,BKSH->BKGTS", q_c, lax.dynamic_slice_in_dim(k, n * bk, bk, 2), precision="highest")
+            j = n * bk + jnp.arange(bk)[:, None]
+            scores = scale * jnp.einsum("BKSH,BKGTH->BKGST", lax.dynamic_slice_in_dim(k, n * bk, bk, 2), q_c, precision="highest")
             scores = scores if seeds is None else scores + gumbel(seeds, i, j)
             seen = (j <= jnp.minimum(i, S - 1)) if causal else j < S
             if valid is not None:
-                seen = seen & lax.dynamic_slice_in_dim(valid, n * bk, bk, 1)[:, None, None, None]
-            scores = jnp.where(seen, scores, NEG)
-            here = scores.max(axis=-1)
-            return jnp.maximum(best, here), jnp.where(here > best, n * bk + scores.argmax(axis=-1), index)
+                seen = seen & lax.dynamic_slice_in_dim(valid, n * bk, bk, 1)[:, None, None, :, None]
+            here, first = first_largest(jnp.where(seen, scores, NEG), axis=-2)
+            return jnp.maximum(best, here), jnp.where(here > best, n * bk + first, index)
 
         blocks = k.shape[2] // bk
         needed = jnp.minimum(blocks, ((c + 1) * bq - 1) // bk + 1) if causal else blocks
@@ -131,6 +131,10 @@ class Hard(SlotDecoding):
     rowwise = True
     anywhere = True
 
+    @property
+    def has_parts(self):  # the noise of the relaxation is a score modification with a hash in it
+        return self.options.estimator == "score"
+
     def __init__(self, options: Options, dims):
         super().__init__(options, dims)
         if options.estimator == "score":
@@ -155,7 +159,7 @@ class Hard(SlotDecoding):
         self.leave_log_prob(q_BTNH, k_BSKH, index_BNT, average_B, valid_BS, valid_BT)
         if self.options.expected == 0:
             return o_BTNH
-        soft_BTNH, _ = blocked_attention(q_BTNH, k_BSKH, v_BSKH, pattern=pattern(self.dims.causal), valid_BS=valid_BS)
+        soft_BTNH, _ = self.part(q_BTNH, k_BSKH, v_BSKH, pattern=pattern(self.dims.causal), valid_BS=valid_BS)
         return jnp.where(average_B[:, None, None, None], soft_BTNH, o_BTNH)
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key, *, valid_BT):
@@ -188,6 +192,9 @@ class Hard(SlotDecoding):
 
     def choose(self, q_BTNH, k_BSKH, valid_BS, seeds_BN2):
         """The position that each query and head looks at, [B, N, T]: a draw from the softmax where there are seeds (Gumbel 1954), else its mode."""
+        if seeds_BN2 is None and self.backend(valid_BS is not None) == "native":
+            index_BNT1, seen_BNT1 = native_best_keys(q_BTNH, k_BSKH, valid_BS, 1, self.dims.causal)
+            return jnp.where(seen_BNT1, index_BNT1, -1)[..., 0]
         return largest(q_BTNH, k_BSKH, seeds_BN2, causal=self.dims.causal, valid_BS=valid_BS, scale=self.dims.head_dim**-0.5)
 
     def takes_average(self, key, B):
@@ -199,7 +206,7 @@ class Hard(SlotDecoding):
         scale = self.dims.head_dim**-0.5
         q_BTNH, k_BSKH = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (q_BTNH, k_BSKH))
         # Attention to the keys themselves gives the mean key, and with it the mean score: H = logsumexp - E[score].
-        mean_key_BTNH, lse_BTN = blocked_attention(q_BTNH, k_BSKH, k_BSKH, pattern=pattern(self.dims.causal), valid_BS=valid_BS)
+        mean_key_BTNH, lse_BTN = self.part(q_BTNH, k_BSKH, k_BSKH, pattern=pattern(self.dims.causal), valid_BS=valid_BS)
         seen_BTN = index_BNT.swapaxes(1, 2) >= 0
         if valid_BT is not None:
             seen_BTN = seen_BTN & valid_BT[:, :, None]

@@ -16,10 +16,12 @@ from attn_zoo import UserError, VARIANTS, make_attention, train
 from attn_zoo.attention.base import Loss, ScoreFunction
 from attn_zoo.attention.hard import HARD, Hard
 from attn_zoo.checkpoints import Checkpoints
-from tiny import Staircase, make_cell
+from attn_zoo.ops import pallas_attention
+from tiny import ON_CPU, Staircase, make_cell
 
 N, K, H = 4, 2, 8
 SCORE = "hard(expected=0, entropy_weight=0)"
+BACKENDS = ("xla", "native", "pallas") if ON_CPU == "native" else ("xla", "pallas")
 
 
 def make(spec="hard", causal=False, **kwargs) -> Hard:
@@ -52,12 +54,13 @@ def test_draws_follow_the_softmax():
     assert expected.min(axis=(0, 1)).max() < 0.9 and abs(np.corrcoef((index[:, :, 2] == 0).T) - np.eye(N)).max() < 4 / draws**0.5
 
 
-@pytest.mark.parametrize("spec", ["hard(expected=0.5)", "hard(estimator='straight_through', temperature=0.7)"])
+@pytest.mark.parametrize("spec, backend", [*(("hard", backend) for backend in BACKENDS), ("hard(estimator='straight_through', temperature=0.7)", "auto")])
 @pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
-def test_a_training_call_equals_its_reference(spec, causal):
+def test_a_training_call_equals_its_reference(spec, backend, causal, monkeypatch):
     """Draws, averages and gradients, over several blocks of keys: the noise of a pair does not depend on its tile."""
+    monkeypatch.setattr(pallas_attention, "INTERPRET", True)
     T, S = 40, 300
-    attention, args = make(spec, causal), inputs(T, S)
+    attention, args = make(spec, causal, backend=backend), inputs(T, S)
     valid = jnp.asarray(np.random.default_rng(0).random((3, S)) > 0.2)
 
     def run(form):
@@ -67,6 +70,27 @@ def test_a_training_call_equals_its_reference(spec, causal):
     found, expected = run(lambda *args, **kwargs: attention(*args, **kwargs)), run(attention.reference)
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=0, atol=1e-5 * max(1, abs(e).max())), found, expected)
     assert all((abs(np.asarray(g)) > 0).any() for g in found[0])
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+def test_what_it_leaves_has_the_same_gradients_on_every_backend(causal, monkeypatch):
+    """Of log-probabilities and entropy by queries and keys; and in evaluation the native kernels look where XLA does."""
+    monkeypatch.setattr(pallas_attention, "INTERPRET", True)
+    args = inputs(40, 130)
+    valid = jnp.asarray(np.random.default_rng(0).random((3, 130)) > 0.2)
+
+    def run(backend):
+        attention = make("hard(expected=0, entropy_weight=0.1)", causal, backend=backend)
+        loss = lambda *args: (lambda o, log_prob, loss: ((jnp.cos(jnp.arange(3.0)) * log_prob).sum() + loss, o))(*left(attention, *args, valid_BS=valid))
+        assert attention.plan(40, 130, True)["backend"] == backend
+        return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(*args), jax.jit(lambda *args: attention(*args, valid_BS=valid))(*args)
+
+    (gradients, o), evaluated = run("xla")
+    for backend in BACKENDS[1:]:
+        (found, drawn), looked = run(backend)
+        jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=0, atol=1e-5 * max(1, abs(e).max())), found, gradients)
+        np.testing.assert_array_equal(drawn, o)
+        np.testing.assert_array_equal(looked, evaluated)
 
 
 def left(attention, *args, **kwargs):
