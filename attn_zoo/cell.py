@@ -189,9 +189,8 @@ def main() -> int:
         except BrokenPipeError:  # the sweep is gone: nobody is waiting for this cell
             os._exit(1)
 
+    keep_freed_memory()  # before JAX has threads
     jax.config.update("jax_enable_compilation_cache", False)  # or compile seconds would be those of a disk
-    if jax.default_backend() == "cpu":
-        keep_freed_memory()
     job = json.load(sys.stdin)
     cell = Cell.from_json(job["cell"])
     record = run(cell, job["workdir"], job["data_dir"], report, job.get("keep_parameters", False))

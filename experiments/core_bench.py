@@ -101,13 +101,14 @@ def main(_) -> None:
 def run(out: Path) -> None:
     """Measures what is not measured yet, unless told to report only, and writes records, tables and figures into `out`."""
     if not REPORT_ONLY.value:
+        kept = KEEP_MEMORY.value and keep_freed_memory()  # before JAX has threads
         text = VARIANT_SPECS.value if VARIANT_SPECS.value is not None else ", ".join(VARIANTS)
         specs = [variant_text(entry) for entry in parse_variants(text)]
         lengths = [int(T) if T.isdigit() else T for T in SEQ_LENS.value]
         for T in lengths:
             check_int("--seq_lens", T, 2)
         problem = lambda T: Problem(max(1, TOKENS.value // T) if TOKENS.value else BATCH.value, T, HEADS.value, HEAD_DIM.value, DTYPE.value)
-        settings = {f.name: f.value for f in (BATCH, HEADS, HEAD_DIM, DTYPE, CAUSAL, ROUNDS, TOKENS, JOBS)} | {"memory_kept": KEEP_MEMORY.value and jax.default_backend() == "cpu" and keep_freed_memory()}
+        settings = {f.name: f.value for f in (BATCH, HEADS, HEAD_DIM, DTYPE, CAUSAL, ROUNDS, TOKENS, JOBS)} | {"memory_kept": kept and jax.default_backend() == "cpu"}
         until = time.monotonic() + 60 * (math.inf if MINUTES.value is None else MINUTES.value)
         torch = None
         if PEERS.value == "all":
