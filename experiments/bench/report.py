@@ -148,7 +148,7 @@ def origin(records: list[Record]) -> str:
         line = f"{p['device_kind']} ({p['cpu']}), jax {p['jax']}, {torch}attn_zoo {str(p['git_commit'])[:10]}{changes}, {p['date'][:10]}."
         measured = [f"{what} {_range(own, key)} {unit}" for what, key, unit in (("matrix product", "matmul_flops_per_s", "GFLOP/s"), ("copy", "copy_bytes_per_s", "GB/s")) if own[0][key]]
         kept = " Freed memory was kept for the next call." if own[0]["settings"].get("memory_kept") else ""
-        lines.append(f"{line} Rates: {', '.join(measured)}. Medians of {own[0]['settings']['rounds']} interleaved rounds.{kept}")
+        lines.append(f"{line} Rates: {', '.join(measured)}. Medians of {own[0]['settings']['rounds']} interleaved rounds, of variants without a random key, as in evaluation.{kept}")
     return "\n".join(lines)
 
 
