@@ -1,27 +1,33 @@
 """Where the memory of a call comes from, on a CPU: the next call gets what the last one freed, or else times are those of the system too."""
 
 import ctypes
+import importlib.util
+import os
 
 ARENA_MAX, MMAP_MAX, TRIM_THRESHOLD = -8, -4, -1  # of glibc's mallopt(3)
-FIRST = 2**30  # bytes
+FIRST = 2**30  # bytes, or a quarter of what is free if that is less
 _kept = False  # in this process, which has one C library
 
 
 def keep_freed_memory() -> bool:
-    """Has the C library keep what is freed for the next call, a first GiB from now on; False where it is not glibc, which cannot be told so.
+    """Has the C library keep what is freed for the next call, a first GiB from now on; False where it is not glibc, which cannot be told so, or where JAX has a
+    plugin for an accelerator, whose calls do not take memory of the host.
 
     To be called before JAX is asked for its devices: the threads that it then starts would have memory of their own (arenas), which is given back all the same.
     Otherwise each call gets large arrays as fresh pages, which the system fills with zeros: up to half of a call's time, by an amount that depends on which
     sizes the process has freed before, and so on what else is timed.
     """
     global _kept
+    if any(importlib.util.find_spec(plugin) for plugin in ("jax_plugins", "libtpu")):
+        return False
     libc = ctypes.CDLL(None)
     mallopt = getattr(libc, "mallopt", None)
     _kept = mallopt is not None and all(mallopt(*option) for option in ((ARENA_MAX, 1), (MMAP_MAX, 0), (TRIM_THRESHOLD, -1)))
     if _kept:  # until there are gaps that fit, what is aligned comes from the end of memory, which would still be fresh
         libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
-        if room := libc.malloc(FIRST):
-            ctypes.memset(room, 0, FIRST)
+        size = min(FIRST, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4)
+        if room := libc.malloc(size):
+            ctypes.memset(room, 0, size)
             libc.free(room)
     return _kept
 

@@ -108,7 +108,7 @@ def run(out: Path) -> None:
         for T in lengths:
             check_int("--seq_lens", T, 2)
         problem = lambda T: Problem(max(1, TOKENS.value // T) if TOKENS.value else BATCH.value, T, HEADS.value, HEAD_DIM.value, DTYPE.value)
-        settings = {f.name: f.value for f in (BATCH, HEADS, HEAD_DIM, DTYPE, CAUSAL, ROUNDS, TOKENS, JOBS)} | {"memory_kept": kept and jax.default_backend() == "cpu"}
+        settings = {f.name: f.value for f in (BATCH, HEADS, HEAD_DIM, DTYPE, CAUSAL, ROUNDS, TOKENS, JOBS)} | {"memory_kept": kept}
         until = time.monotonic() + 60 * (math.inf if MINUTES.value is None else MINUTES.value)
         torch = None
         if PEERS.value == "all":

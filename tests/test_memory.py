@@ -29,5 +29,5 @@ def test_memory_that_was_freed_is_not_asked_for_again(whose):
     process = lambda how: subprocess.run([sys.executable, "-c", SCRIPT, how, whose], capture_output=True, text=True, check=True)
     (_, fresh), (kept, faults) = (map(int, process(how).stdout.split()) for how in ("leave", "keep"))
     if not kept:
-        pytest.skip("the C library is not glibc")
+        pytest.skip("the C library is not glibc, or there is an accelerator")
     assert faults < 8 and fresh > 8

@@ -127,6 +127,7 @@ class Attention(nnx.Module):
     shares_query_key = False  # True: the layer makes no key projection, and keys are the queries
     pools_queries = False  # True: an output depends on other queries too; invalid ones arrive as zeros, and `attend` takes valid_BT
     has_parts = False  # True: softmax attention is computed by `part` alone, and every backend that gives a logsumexp serves
+    wide_parts = False  # True: it gives `part` float32, whatever its own dtype
     anywhere = False  # True: without a causal mask, permuted queries give permuted outputs, so that a decoder may ask one at a time
 
     def __init__(self, options: Any, dims: Dims):
@@ -268,7 +269,8 @@ class Attention(nnx.Module):
     def backend(self, masked: bool = False) -> str:
         """The backend that runs, given whether key validity is passed. Raises UserError if dims.backend names one that cannot serve."""
         if self.has_parts:
-            return backends.choose(self.dims.backend, FULL, self.dims.dtype, self.dims.head_dim, masked=masked, logsumexp=True)
+            dtype = jnp.promote_types(self.dims.dtype, jnp.float32) if self.wide_parts else self.dims.dtype
+            return backends.choose(self.dims.backend, FULL, dtype, self.dims.head_dim, masked=masked, logsumexp=True)
         if self.dims.backend not in ("auto", "xla"):
             raise UserError(f"attention.backend={self.dims.backend!r} does not serve {self.variant.name}; use auto or xla")
         return "xla"

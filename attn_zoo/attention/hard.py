@@ -11,7 +11,7 @@ Without a random key (evaluation) the key of the largest score is taken, and que
 
 Samples are drawn a query and head, from scaled dot products; the paper's are one a word, from a network on region and state. The entropy is
 the mean over queries and heads, so that its weight means the same at every length. Memory is linear in T: draws are argmaxima of scores and Gumbel
-noise, found block by block; log p and H come from the logsumexp and the mean key of ops.blocked.
+noise, found block by block; log p and H come from logsumexp and mean key of softmax attention, on the layer's backend.
 """
 
 import dataclasses
@@ -130,6 +130,7 @@ class Hard(SlotDecoding):
     pools_queries = True  # not an output, but the log-probability that is left: what stands in padding must not enter it
     rowwise = True
     anywhere = True
+    wide_parts = True
 
     @property
     def has_parts(self):  # the noise of the relaxation is a score modification with a hash in it

@@ -111,7 +111,7 @@ def attention_in_rounds(q_BTNH, k_BTKH, v_BTKH, order_RBKT, place_RBKT, *, windo
     G, W, C = N // K, window, -(-T // window)
     beyond = [(0, 0)] * 3 + [(0, C * W - T)]
     order, place = jnp.pad(order_RBKT, beyond), jnp.pad(place_RBKT, beyond)
-    order = order.at[..., T:].set(jnp.arange(T, C * W))
+    order = order.at[..., T:].set(jnp.arange(T, C * W, dtype=order.dtype))
     rank = inverse_of(order)
 
     def rows(x, *rest):  # [B, T, ...] -> [B, K, C W, ...]

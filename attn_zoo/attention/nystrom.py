@@ -129,7 +129,7 @@ class Nystrom(Attention):
     """Nyström approximation, plus the convolution of values where asked for."""
 
     pools_queries = True
-    has_parts = True
+    has_parts = wide_parts = True
 
     def __init__(self, options: Options, dims, *, shared: dict, rngs: nnx.Rngs):
         super().__init__(options, dims)

@@ -33,7 +33,7 @@ def measure(rows: list, rounds: int, jobs: int, until: float = math.inf) -> Iter
                 time.sleep(PAUSE_S)
                 before = row.framework
             try:
-                if first[row, mode] and first[row, mode][0] < SHORT_S:
+                if not first[row, mode] or first[row, mode][0] < SHORT_S:
                     row.seconds(mode, 1)
                 found[row, mode].append(row.seconds(mode, calls[row, mode]))
             except CannotRun as e:

@@ -99,3 +99,10 @@ def test_lowers_for_cuda():
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
         text = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("mosaic_gpu") >= 1 and [text.count(f'name = "{kernel}"') for kernel in ("forward_kernel", "dq_kernel", "dkv_kernel")] == [0, 1, 1]
+
+
+@pytest.mark.parametrize("variant", ["nystrom", "hard"])
+def test_a_layer_that_computes_in_float32_is_refused_before_it_runs(variant, interpreted):
+    attention = make_attention(variant, num_heads=2, head_dim=16, max_len=64, dtype=jnp.bfloat16, backend="mosaic")
+    with pytest.raises(UserError, match="attention.backend='mosaic' cannot serve here: it takes bfloat16 or float16, not float32"):
+        attention.plan(64, 64)
