@@ -256,7 +256,7 @@ def test_variants_run_on_the_kernels_alone(name, causal, gpu, monkeypatch):
 SCANNED = ("retention", "delta")  # on the kernels of pallas_linear, in both directions
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in (*SERVED, *SCANNED, "hard", "mix")])  # hard: on them in training, tests/attention/test_hard.py
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in (*SERVED, *SCANNED, "hard", "mix")])  # hard: on them in training
 def test_the_other_variants_say_that_they_do_not(name, interpreted):
     with pytest.raises(UserError, match="attention.backend='pallas' .*use auto or xla"):
         nnx.eval_shape(lambda: layer(name, False)).backend()
@@ -295,6 +295,19 @@ def test_lowers_for_cuda(dtype, H, monkeypatch):
     text = lowered(jax.grad(loss, (0, 1, 2, 3)), *shapes, params, valid)
     assert [text.count(f'name = "{kernel}"') for kernel in KERNELS] == [1, 1, 1]
     assert "300x300" not in text and "320x320" not in text, "a dense mask or score matrix"
+
+
+def test_hard_attention_lowers_for_cuda_in_training(gpu):
+    """The average and the mean key, each with its gradients."""
+    graph, state = nnx.split(layer("hard", True, H=64, dtype=jnp.bfloat16))
+
+    def loss(q, k, v):
+        attention = nnx.merge(graph, state)
+        o = attention(q, k, v, key=jax.random.key(0))
+        return o.astype(jnp.float32).sum() + attention.log_prob[...].sum() + attention.bonus[...]
+
+    text = lowered(jax.grad(loss, (0, 1, 2)), *[jax.ShapeDtypeStruct((2, 90, heads, 64), jnp.bfloat16) for heads in (4, 2, 2)])
+    assert [text.count(f'name = "{kernel}"') for kernel in KERNELS] == [2, 2, 2]
 
 
 @named
