@@ -2,10 +2,11 @@
 
 import ctypes
 import importlib.util
-import os
+import re
+from pathlib import Path
 
 ARENA_MAX, MMAP_MAX, TRIM_THRESHOLD = -8, -4, -1  # of glibc's mallopt(3)
-FIRST = 2**30  # bytes, or a quarter of what is free if that is less
+FIRST = 2**30  # bytes, or a quarter of what is available if that is less
 _kept = False  # in this process, which has one C library
 
 
@@ -25,7 +26,7 @@ def keep_freed_memory() -> bool:
     _kept = mallopt is not None and all(mallopt(*option) for option in ((ARENA_MAX, 1), (MMAP_MAX, 0), (TRIM_THRESHOLD, -1)))
     if _kept:  # until there are gaps that fit, what is aligned comes from the end of memory, which would still be fresh
         libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
-        size = min(FIRST, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4)
+        size = min(FIRST, _available() // 4)
         if room := libc.malloc(size):
             ctypes.memset(room, 0, size)
             libc.free(room)
@@ -35,3 +36,10 @@ def keep_freed_memory() -> bool:
 def freed_memory_is_kept() -> bool:
     """Whether this process was told so."""
     return _kept
+
+
+def _available() -> int:
+    """Bytes that could be had without swapping, as Linux tells; enough for FIRST where it does not."""
+    told = Path("/proc/meminfo")
+    found = re.search(r"^MemAvailable: *(\d+) kB$", told.read_text(), re.MULTILINE) if told.exists() else None
+    return 1024 * int(found[1]) if found else 4 * FIRST
