@@ -14,7 +14,8 @@ def keep_freed_memory() -> bool:
     """Has the C library keep what is freed for the next call, a first GiB from now on; False where it is not glibc, which cannot be told so, or where JAX has a
     plugin for an accelerator, whose calls do not take memory of the host.
 
-    To be called before JAX is asked for its devices: the threads that it then starts would have memory of their own (arenas), which is given back all the same.
+    To be called before JAX is asked for its devices: later it changes nothing for arrays of JAX, presumably since the threads that it then starts have memory of
+    their own (arenas).
     Otherwise each call gets large arrays as fresh pages, which the system fills with zeros: up to half of a call's time, by an amount that depends on which
     sizes the process has freed before, and so on what else is timed.
     """

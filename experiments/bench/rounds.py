@@ -11,7 +11,7 @@ from bench.candidates import CannotRun
 
 MODES = ("forward", "forward_backward")
 LEAST_S = 0.02  # of a timed sample: shorter calls are made several times in one, so that dispatch and the clock weigh little
-SHORT_S = 0.05  # a shorter call is made once before, untimed: what ran between has put threads to sleep and its arrays out of the cache
+SHORT_S = 0.05  # a shorter call is made once before, untimed: right after others, it took up to twice as long
 PAUSE_S = 0.02  # after a change of process, so that the threads of the one no longer spin while the other is timed
 
 
