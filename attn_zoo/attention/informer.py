@@ -20,10 +20,11 @@ from jax import lax
 
 from attn_zoo.attention.base import Attention, Paper, Variant, repeat_kv, softmax_reference
 from attn_zoo.attention.pattern import dense_mask, pair_flops
+from attn_zoo.ops import backends
+from attn_zoo.ops.linear import linear_attention
 from attn_zoo.ops.patterns import CAUSAL, FULL, count_pairs
+from attn_zoo.ops.tiled import tiled_attention
 from attn_zoo.spec import check_int
-
-SCORE_BYTES = 2 * 2**20  # of the active queries' scores that are held at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +59,9 @@ class Informer(Attention):
         (B, T, N, H), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
         q, k, v = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (q_BTNH, k_BSKH, v_BSKH))
         active_BNR = self.active(q_BTNH, k_BSKH, valid_BS, valid_BT, key)
-        q_BNRH = jnp.take_along_axis(q.swapaxes(1, 2), active_BNR[..., None], axis=2)
-        o_BNRH = rows_attention(q_BNRH, k, v, active_BNR if self.dims.causal else None, valid_BS)
-        o_BTNH = repeat_kv(mean_values(v, valid_BS, T, self.dims.causal), N)
+        q_BNRH, backend = jnp.take_along_axis(q.swapaxes(1, 2), active_BNR[..., None], axis=2), self.backend()
+        o_BNRH = rows_attention(q_BNRH, k, v, active_BNR if self.dims.causal else None, valid_BS, backend)
+        o_BTNH = repeat_kv(mean_values(v, valid_BS, T, self.dims.causal, backend), N)
         put = lambda lazy, index, rows: lazy.at[index].set(rows, unique_indices=True)
         return jax.vmap(jax.vmap(put))(o_BTNH.swapaxes(1, 2), active_BNR, o_BNRH).swapaxes(1, 2)
 
@@ -81,6 +82,9 @@ class Informer(Attention):
             M_BNT = jnp.where(valid_BT[:, None], M_BNT, -jnp.inf)
         return lax.top_k(M_BNT, count(self.options.factor, T))[1]
 
+    def backend(self, masked=False):
+        return backends.choose_tiles(self.dims.backend, self.dims.dtype, self.dims.head_dim)
+
 
 def sparsity(q_BTNH, k_BSNH, order_S, valid_BS, size: int):
     """M of every query, [B, N, T], over the `size` valid keys that come first by order_S (the largest first). Zhou et al. 2021, eq. 4."""
@@ -94,10 +98,13 @@ def sparsity(q_BTNH, k_BSNH, order_S, valid_BS, size: int):
     return jnp.where(sampled, scores_BNTU, -jnp.inf).max(axis=-1) - mean_BNT
 
 
-def mean_values(v_BSKH, valid_BS, T: int, causal: bool):
-    """The mean of all valid values, or of those up to each query, [B, T, K, H]; zeros where there is none."""
+def mean_values(v_BSKH, valid_BS, T: int, causal: bool, backend: str = "xla"):
+    """The mean of all valid values, or of those up to each query, [B, T, K, H]; zeros where there is none. `backend`: 'native' takes running sums head by head."""
     B, S, K, H = v_BSKH.shape
     valid_BS = jnp.ones((B, S), bool) if valid_BS is None else valid_BS
+    if causal and backend == "native":  # the sums of linearized attention, whose features are 1 at every query and valid key
+        counted_BSK1 = jnp.broadcast_to(valid_BS[..., None, None], (B, S, K, 1)).astype(v_BSKH.dtype)
+        return linear_attention(jnp.ones((B, T, K, 1), v_BSKH.dtype), counted_BSK1, v_BSKH, causal=True, backend=backend)
     if causal:
         last = np.minimum(np.arange(T), S - 1)
         total, number = jnp.cumsum(v_BSKH, axis=1)[:, last], jnp.cumsum(valid_BS, axis=1)[:, last]
@@ -106,30 +113,21 @@ def mean_values(v_BSKH, valid_BS, T: int, causal: bool):
     return jnp.broadcast_to(total / jnp.maximum(number, 1)[..., None, None], (B, T, K, H))
 
 
-def rows_attention(q_BNRH, k_BSKH, v_BSKH, position_BNR, valid_BS):
-    """Softmax attention of R chosen queries over all keys, or those up to their positions if given, [B, N, R, H]. Some rows at a time: memory is O(S)."""
+def rows_attention(q_BNRH, k_BSKH, v_BSKH, position_BNR, valid_BS, backend: str = "xla"):
+    """Softmax attention of R chosen queries over all keys, or those up to their positions if given, [B, N, R, H]. `backend` is of ops.tiled: a tile is all keys of a head."""
     (B, N, R, H), (S, K) = q_BNRH.shape, k_BSKH.shape[1:3]
-    step = max(1, min(R, SCORE_BYTES // (4 * B * N * S)))
-    steps = -(-R // step)
+    rows = B * K, N // K * R
+    position = jnp.full(rows, S) if position_BNR is None else position_BNR.reshape(rows)
+    valid = jnp.ones((B * K, S), bool) if valid_BS is None else jnp.repeat(valid_BS, K, axis=0)
+    keys, values = (x.swapaxes(1, 2).reshape(B * K, S, H) for x in (k_BSKH, v_BSKH))
 
-    def chunks(x):
-        x = jnp.pad(x, [(0, 0), (0, 0), (0, steps * step - R)] + [(0, 0)] * (x.ndim - 3))
-        return jnp.moveaxis(x.reshape(B, K, N // K, steps, step, *x.shape[3:]), 3, 0)
+    def pairs(about):
+        i, valid = about
+        return (jnp.arange(S) <= i[:, None]) & valid, 0.0
 
-    @jax.checkpoint
-    def attend(args):
-        q, position = args
-        scores = jnp.einsum("BKGRH,BSKH->BKGRS", q, k_BSKH) * H**-0.5
-        seen = jnp.ones(scores.shape, bool) if position is None else jnp.arange(S) <= position[..., None]
-        if valid_BS is not None:
-            seen = seen & valid_BS[:, None, None, None]
-        scores = jnp.where(seen, scores, -1e30)
-        p = jnp.where(seen, jnp.exp(scores - lax.stop_gradient(scores.max(axis=-1, keepdims=True))), 0.0)
-        total = p.sum(axis=-1, keepdims=True)
-        return jnp.einsum("BKGRS,BSKH->BKGRH", p / jnp.where(total == 0, 1.0, total), v_BSKH)
-
-    o = lax.map(attend, (chunks(q_BNRH), None if position_BNR is None else chunks(position_BNR)))
-    return jnp.moveaxis(o, 0, 3).reshape(B, N, steps * step, H)[:, :, :R]
+    # What hides pairs may be there for all heads at once: it is no larger than the scores of the sample are for the same number of queries as keys.
+    o, _ = tiled_attention(q_BNRH.reshape(B * K, 1, -1, H), keys, values, pairs, (position, valid), backend=backend, added_bytes=4 * B * N * R * S)
+    return o.reshape(q_BNRH.shape)
 
 
 def flops(options: Options, B: int, T: int, S: int, N: int, H: int, causal: bool) -> float:

@@ -26,13 +26,13 @@ from jax import lax
 from attn_zoo.attention.base import Attention, Paper, Statistic, Variant, repeat_kv, softmax_reference
 from attn_zoo.attention.pattern import pair_flops
 from attn_zoo.ops import backends
-from attn_zoo.ops.blocked import rows_per_step
 from attn_zoo.ops.native import core_count
 from attn_zoo.ops.tiled import tiled_attention
 from attn_zoo.spec import check, check_int, check_number
 
 
-ADDED_BYTES = 2**16  # of what hides pairs, for each core, in the clusters that the native kernels attend to at once
+CENTROIDS = 16  # whose products with all tokens are held at once: no more numbers than a quarter of the tokens' own, at 64 channels; each reading of the tokens serves so many
+ADDED_BYTES = 2**16  # of what hides pairs, for each core, in the clusters that the native kernels attend to at once; a cluster at the least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,7 @@ def memberships(x_BTNH, centroids_NCH, valid_BT, window: int):
         best_BNW, index_BNW = lax.top_k(affinity_BNT, window)
         return lax.sort((index_BNW, best_BNW > -jnp.inf), num_keys=1)
 
-    taken = lax.map(take, centroids_NCH.swapaxes(0, 1), batch_size=rows_per_step(centroids_NCH.shape[1], 4 * B * N * T))
+    taken = lax.map(take, centroids_NCH.swapaxes(0, 1), batch_size=min(CENTROIDS, centroids_NCH.shape[1]))
     return tuple(jnp.moveaxis(x, 0, 2) for x in taken)
 
 
@@ -106,7 +106,7 @@ def routed_attention(q_BTNH, k_BTNH, v_BTNH, taken_q, taken_k, causal: bool, bac
     (q_index, q_member), (k_index, k_member) = taken_q, taken_k
     about = tuple(x.reshape(B * N * C, W) for x in (q_index, k_index, k_member))
     tiles = gather(q_BTNH, q_index)[:, None], gather(k_BTNH, k_index), gather(v_BTNH, k_index)
-    o, _ = tiled_attention(*tiles, pairs, about, backend=backend, added_bytes=ADDED_BYTES * core_count())
+    o, _ = tiled_attention(*tiles, pairs, about, backend=backend, added_bytes=max(ADDED_BYTES, 4 * W * W) * core_count())
     total = jax.vmap(jax.vmap(lambda x, index: jax.ops.segment_sum(x, index, num_segments=T)))
     flat = lambda x: x.reshape(B, N, C * W, -1)
     weight = flat(q_member).astype(o.dtype)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from attn_zoo import make_attention
-from attn_zoo.attention import informer
 from attn_zoo.attention.informer import count, mean_values, rows_attention, sparsity
 
 T, N, H = 40, 2, 4
@@ -69,22 +68,24 @@ def test_invalid_queries_are_never_active():
     assert np.asarray(valid)[0, active].all()
 
 
-def test_means_leave_out_invalid_values():
+@pytest.mark.parametrize("backend", ["xla", "native"])
+def test_means_leave_out_invalid_values(backend):
     v = jnp.asarray([[1.0, 0.0, 5.0]])[..., None, None]
     valid = jnp.asarray([[True, False, True]])
-    assert mean_values(v, valid, 2, False).ravel().tolist() == [3, 3]
-    assert mean_values(v, valid, 4, True).ravel().tolist() == [1, 1, 3, 3]
-    assert mean_values(0 * v, valid & False, 2, True).ravel().tolist() == [0, 0]
+    assert mean_values(v, valid, 2, False, backend).ravel().tolist() == [3, 3]
+    assert mean_values(v, valid, 4, True, backend).ravel().tolist() == [1, 1, 3, 3]
+    assert mean_values(0 * v, valid & False, 2, True, backend).ravel().tolist() == [0, 0]
 
 
-def test_some_rows_at_a_time_are_all_rows(monkeypatch):
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("backend", ["xla", "native"])
+def test_chosen_rows_are_those_of_full_attention(backend, causal):
     q, k, v = inputs()
-    rows = jnp.broadcast_to(jnp.asarray([3, 39, 0, 7, 20]), (1, N, 5))
-    run = lambda: jax.jit(lambda *args: rows_attention(*args, None))(q[:, rows[0, 0]].swapaxes(1, 2), k, v, rows)
-    at_once = run()
-    monkeypatch.setattr(informer, "SCORE_BYTES", 4 * N * T * 2)
-    np.testing.assert_allclose(run(), at_once, atol=1e-6)
-    np.testing.assert_allclose(at_once.swapaxes(1, 2), full(q, k, v, True)[:, rows[0, 0]], atol=1e-5)
+    rows = jnp.asarray([[[3, 39, 0, 7, 20], [1, 2, 38, 5, 4]]])
+    chosen = jnp.take_along_axis(q.swapaxes(1, 2), rows[..., None], axis=2)
+    found = jax.jit(lambda *args: rows_attention(*args, None, backend))(chosen, k, v, rows if causal else None)
+    expected = jnp.take_along_axis(full(q, k, v, causal).swapaxes(1, 2), rows[..., None], axis=2)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_the_sample_is_drawn_by_the_key():
