@@ -4,6 +4,7 @@ A candidate's `prepare(mode)` compiles and calls it once and says how long that 
 """
 
 import dataclasses
+import functools
 import importlib
 import json
 import subprocess
@@ -51,18 +52,24 @@ class Problem:
 
 
 class Jax:
-    """A function of arrays, compiled by XLA."""
+    """A function of arrays, compiled by XLA; of the last of them, `given`, no gradients are taken."""
 
     framework = "jax"
 
-    def __init__(self, name: str, function: Callable, args: tuple, *, spec: str, causal: bool, layer: bool | str = False, peer: bool = False, plan: dict | None = None):
+    def __init__(
+        self, name: str, function: Callable, args: tuple, *, spec: str, causal: bool, layer: bool | str = False, peer: bool = False, plan: dict | None = None, given: tuple = ()
+    ):
         self.name, self.spec, self.causal, self.layer, self.peer, self.plan = name, spec, causal, layer, peer, plan or {}
-        self._function, self._args, self._compiled = function, args, {}
+        self._function, self._args, self._given, self._compiled = function, args, given, {}
 
     def prepare(self, mode: str) -> dict[str, Any]:
         """{'compile': seconds of lowering and compiling, 'temp_bytes'}. Raises CannotRun."""
         try:
-            call, args = (self._function, self._args) if mode == "forward" else (self._both, (*self._args, self._cotangent()))
+            args = *self._args, *self._given
+            call = self._function
+            if mode != "forward":
+                call, o = self._both, jax.eval_shape(call, *args)
+                args = self._args, self._given, cotangent(o.shape, o.dtype)
             compiled, seconds = compile_timed(jax.jit(call), *args)
             with FIRST_CALL:
                 jax.block_until_ready(compiled(*args))
@@ -85,14 +92,15 @@ class Jax:
             raise CannotRun(said(e)) from None
         return (time.perf_counter() - start) / calls
 
-    def _both(self, *args):
-        *args, do = args
-        o, pull = jax.vjp(self._function, *args)
+    def _both(self, args, given, do):
+        o, pull = jax.vjp(lambda *args: self._function(*args, *given), *args)
         return o, pull(do)
 
-    def _cotangent(self):
-        o = jax.eval_shape(self._function, *self._args)
-        return jax.random.normal(jax.random.key(3), o.shape).astype(o.dtype)
+
+@functools.lru_cache(maxsize=2)  # one for all rows of a length, and one for those that are layers: at T = 65,536 each is as large as the queries
+def cotangent(shape: tuple[int, ...], dtype) -> jax.Array:
+    """Random, of a result of this shape."""
+    return jax.random.normal(jax.random.key(3), shape).astype(dtype)
 
 
 def said(e: Exception) -> str:
@@ -107,14 +115,14 @@ def heads(problem: Problem) -> tuple:
 
 
 def variant(problem: Problem, name: str, spec: str, causal: bool, qkv: tuple, backend: str = "auto") -> Jax:
-    """A variant of the zoo between its projections."""
+    """A variant of the zoo between its projections. Its parameters are arguments, as a model's are: what follows from them alone is not computed when it is compiled."""
     attention = problem.attention(spec, causal, backend)
     graph, state = nnx.split(attention)
     try:
         plan = attention.plan(problem.T, problem.T)
     except UserError:  # a backend that cannot serve it: the call says so too, and that becomes the reason of its row
         plan = None
-    return Jax(name, lambda q, k, v: nnx.merge(graph, state)(q, k, v), qkv, spec=spec, causal=causal, plan=plan)
+    return Jax(name, lambda q, k, v, state: nnx.merge(graph, state)(q, k, v), qkv, spec=spec, causal=causal, plan=plan, given=(state,))
 
 
 def layer(problem: Problem, name: str, spec: str, causal: bool, projections: bool | str) -> Jax:
@@ -125,14 +133,14 @@ def layer(problem: Problem, name: str, spec: str, causal: bool, projections: boo
     params = jax.tree.map(lambda x: x.astype(problem.dtype), params)
     x = jax.random.normal(jax.random.key(0), (problem.B, problem.T, D)).astype(problem.dtype)
 
-    def call(params, x):
+    def call(params, x, rest):
         module = nnx.merge(graph, params, rest)
         if projections != "inputs":
             return module(x)
         heads = (jnp.einsum("BTD,DNH->BTNH", x, weights[...]) for weights in (module.query, module.key, module.value))
         return module.attention(*heads).reshape(x.shape)
 
-    return Jax(name, call, (params, x), spec=spec, causal=causal, layer=projections, plan=attention.plan(problem.T, problem.T))
+    return Jax(name, call, (params, x), spec=spec, causal=causal, layer=projections, plan=attention.plan(problem.T, problem.T), given=(rest,))
 
 
 def counterparts(peers: list, rows: list[Jax], problem: Problem, qkv: tuple) -> list[Jax]:
