@@ -14,6 +14,7 @@ from scipy.special import stdtrit
 from attn_zoo.spec import UserError
 
 REFERENCE = "full"  # the variant that the others are compared with
+FORESEEN = 16  # times the longest length measured, a fit is followed
 DECIMALS = 3  # of a loss or an accuracy as a fraction, as printed
 
 
@@ -208,7 +209,7 @@ def crossover(lengths: list[int], reference_s: list[float], variant_s: list[floa
 
 
 def predicted_crossover(lengths: list[int], reference_s: list[float], variant_s: list[float]) -> float:
-    """The length beyond those measured at which the least-squares lines of both times on log-log scales meet; inf if they never do, or beyond any use.
+    """The length beyond those measured at which the least-squares lines of both times on log-log scales meet; inf if that is beyond FORESEEN times the longest.
 
     For a variant that is not faster at the last of three lengths or more.
     """
@@ -218,7 +219,7 @@ def predicted_crossover(lengths: list[int], reference_s: list[float], variant_s:
         return math.inf
     behind = statistics.fmean(math.log(v / r) for r, v in zip(reference_s, variant_s))  # of the lines, at the mean of log T
     beyond = statistics.fmean(map(math.log, lengths)) + behind / (reference - own) - math.log(lengths[-1])
-    return math.inf if beyond > math.log(10**6) else max(lengths[-1] * math.exp(beyond), lengths[-1])
+    return math.inf if beyond > math.log(FORESEEN) else max(lengths[-1] * math.exp(beyond), lengths[-1])
 
 
 def variants_of(records: list[dict[str, Any]]) -> list[str]:

@@ -169,6 +169,8 @@ def test_beyond_the_lengths_measured_the_fits_predict_the_crossover():
     assert summary.predicted_crossover(lengths, [1e-3 * T**2 for T in lengths], [20.0 * T for T in lengths]) == pytest.approx(20_000)
     assert summary.predicted_crossover(lengths, [1.0 * T for T in lengths], [2.0 * T for T in lengths]) == math.inf
     assert summary.predicted_crossover(lengths, [1.0 * T**1.0001 for T in lengths], [2.0 * T for T in lengths]) == math.inf  # lines all but parallel
+    assert summary.predicted_crossover(lengths, [1e-3 * T**2 for T in lengths], [60.0 * T for T in lengths]) == pytest.approx(60_000)
+    assert summary.predicted_crossover(lengths, [1e-3 * T**2 for T in lengths], [70.0 * T for T in lengths]) == math.inf  # beyond 16 times the longest
     assert summary.predicted_crossover(lengths[:2], [1.0, 4.0], [8.0, 9.0]) == math.inf  # two points make no fit
     assert summary.predicted_crossover(lengths, [1.0, 4.0, 16.0], [0.5, 1.0, 17.0]) == math.inf  # steeper than the reference, by the line
 
