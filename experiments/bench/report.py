@@ -195,7 +195,8 @@ def faster_from(at: dict[int, Record], full: dict[int, Record]) -> str:
     if len(lengths) < 3:
         return f"> {lengths[-1]}"
     T = summary.predicted_crossover(lengths, reference, own)
-    return f"{f'{T:.2g}' if T < math.inf else f'> {summary.FORESEEN * lengths[-1]}'}, by the fit"
+    foreseen = f"{T:.2g}" if T < math.inf else f"> {summary.FORESEEN * lengths[-1]}"
+    return f"{foreseen}, by the fit"
 
 
 def slopes(at: dict[int, Record]) -> list[str]:
