@@ -19,7 +19,8 @@ struct Shape {
   int64_t B, T, S, N, K;
   int H;
   float scale;
-  int64_t splits;  // of the query blocks of a (sequence, key head)
+  const int32_t* first_block;  // of each split of the query blocks of a (sequence, key head), and their end
+  int64_t splits;
   int64_t query_row() const { return N * H; }
   int64_t key_row() const { return K * H; }
   int64_t first(int64_t b, int64_t head) const { return (b * S * K + head) * H; }  // of keys, values and their gradients
@@ -27,9 +28,9 @@ struct Shape {
   bool alone() const { return N == K && splits == blocks(); }  // each task has one block of queries
 };
 
-Shape shape_of(const Floats& q, const Floats& k, float scale, int64_t splits) {
+Shape shape_of(const Floats& q, const Floats& k, float scale, const Indices& first_block) {
   const auto of_q = q.dimensions(), of_k = k.dimensions();
-  return {of_q[0], of_q[1], of_k[1], of_q[2], of_k[2], int(of_q[3]), scale, splits};
+  return {of_q[0], of_q[1], of_k[1], of_q[2], of_k[2], int(of_q[3]), scale, first_block.typed_data(), int64_t(first_block.element_count()) - 1};
 }
 
 // body(first key, keys, rows of bits or null) for each block of query block c.
@@ -149,14 +150,14 @@ void fetch(const float* x, int64_t row, int64_t rows, int H) {
 template <class Body>
 void over_queries(const Shape& s, int64_t b, int64_t head, int64_t split, Body body) {
   for (int64_t g = 0; g < s.N / s.K; ++g)
-    for (int64_t c = s.blocks() * split / s.splits; c < s.blocks() * (split + 1) / s.splits; ++c)
+    for (int64_t c = s.first_block[split]; c < s.first_block[split + 1]; ++c)
       body(c, Queries{b, head * (s.N / s.K) + g, c * BLOCK, int(std::min<int64_t>(BLOCK, s.T - c * BLOCK))});
 }
 
 ffi::Error forward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, ffi::Buffer<ffi::PRED> valid, Floats added, Floats by_distance, Indices full_start,
-                   Indices full_block, Indices part_start, Indices part_block, Indices part_tile, ffi::Buffer<ffi::U8> bits, Results o, Results lse,
-                   Results memory, float scale, int64_t splits) {
-  const Shape s = shape_of(q, k, scale, splits);
+                   Indices full_block, Indices part_start, Indices part_block, Indices part_tile, ffi::Buffer<ffi::U8> bits, Indices first_block, Results o,
+                   Results lse, Results memory, float scale) {
+  const Shape s = shape_of(q, k, scale, first_block);
   const Blocks blocks{full_start.typed_data(), full_block.typed_data(), part_start.typed_data(),
                       part_block.typed_data(), part_tile.typed_data(),  bits.typed_data()};
 
@@ -187,9 +188,9 @@ ffi::Error forward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, ffi::Buff
 }
 
 ffi::Error backward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, ffi::Buffer<ffi::PRED> valid, Floats added, Floats by_distance, Indices full_start,
-                    Indices full_block, Indices part_start, Indices part_block, Indices part_tile, ffi::Buffer<ffi::U8> bits, Floats o, Floats lse, Floats d_o,
-                    Floats d_lse, Results dq, Results dk, Results dv, Results d_by_distance, Results memory, float scale, int64_t splits) {
-  const Shape s = shape_of(q, k, scale, splits);
+                    Indices full_block, Indices part_start, Indices part_block, Indices part_tile, ffi::Buffer<ffi::U8> bits, Indices first_block, Floats o, Floats lse,
+                    Floats d_o, Floats d_lse, Results dq, Results dk, Results dv, Results d_by_distance, Results memory, float scale) {
+  const Shape s = shape_of(q, k, scale, first_block);
   const Blocks blocks{full_start.typed_data(), full_block.typed_data(), part_start.typed_data(),
                       part_block.typed_data(), part_tile.typed_data(),  bits.typed_data()};
 
@@ -258,7 +259,8 @@ auto bind() {
       .Arg<Indices>()
       .Arg<Indices>()
       .Arg<Indices>()
-      .Arg<ffi::Buffer<ffi::U8>>();
+      .Arg<ffi::Buffer<ffi::U8>>()
+      .Arg<Indices>();
 }
 
 }  // namespace
@@ -267,7 +269,7 @@ extern "C" int64_t attn_zoo_attention_forward_floats(int64_t S, int64_t H) { ret
 extern "C" int64_t attn_zoo_attention_backward_floats(int64_t S, int64_t H) { return backward_floats(S, H); }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(attn_zoo_attention_forward, forward,
-                              bind().Ret<Floats>().Ret<Floats>().Ret<Floats>().Attr<float>("scale").Attr<int64_t>("splits"));
+                              bind().Ret<Floats>().Ret<Floats>().Ret<Floats>().Attr<float>("scale"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(attn_zoo_attention_backward, backward,
                               bind()
                                   .Arg<Floats>()
@@ -279,5 +281,4 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(attn_zoo_attention_backward, backward,
                                   .Ret<Floats>()
                                   .Ret<Floats>()
                                   .Ret<Floats>()
-                                  .Attr<float>("scale")
-                                  .Attr<int64_t>("splits"));
+                                  .Attr<float>("scale"));

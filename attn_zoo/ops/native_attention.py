@@ -70,6 +70,18 @@ def native_tiles(
     return o_MTGH[..., :H].astype(q_MTGH.dtype), lse_MTG
 
 
+def _splits(tasks: int, rows: int, cores: int, backward: bool) -> int:
+    """Into how many parts the rows of each task are split: as few as keep the cores busy for 0.9 of the time, or come nearest to it.
+
+    Backward only where there are cores without a task: gradients of keys, of which every part has its own, take longer than a core waits at the end.
+    """
+    most = max(1, min(MOST_SPLITS, rows))
+    if backward:
+        return max(1, min(most, cores // tasks))
+    busy = [tasks * parts / (cores * -(-tasks * parts // cores)) for parts in range(1, most + 1)]
+    return 1 + next((n for n, share in enumerate(busy) if share >= 0.9), busy.index(max(busy)))
+
+
 def _table(score_mod: ScoreMod, T: int, S: int) -> Array:
     """What it adds, by head and by distance i - j from 1 - S on, [N, S + T + BLOCK - 2]: up to the end of a block that begins with the last query."""
     distances = jnp.arange(1 - S, T + BLOCK - 1)
@@ -85,11 +97,11 @@ def _attend(pattern: Pattern, scale: float, added: Callable[[Any], Array]) -> Ca
 
     def call(name, results, q, k, v, valid, about, table, *more):
         (B, T), (S, K, H) = q.shape[:2], k.shape[1:]
-        splits = max(1, min(MOST_SPLITS, native.core_count() // (B * K), -(-T // BLOCK)))
         mask = block_mask(pattern, T, S, BLOCK, BLOCK)
+        splits = _splits(B * K, mask.num_q, native.core_count(), backward=name == "backward")
         lists = mask.full_start, mask.full_block, mask.part_start, mask.part_block, *pair_bits(pattern, T, S)
-        arguments = q, k, v, valid, added(about), table, *lists, *more
-        return native.call(f"attention_{name}", results(splits), arguments, tasks=B * K * splits, room=(S, H), scale=np.float32(scale), splits=np.int64(splits))
+        arguments = q, k, v, valid, added(about), table, *lists, mask.even_parts(splits), *more
+        return native.call(f"attention_{name}", results(splits), arguments, tasks=B * K * splits, room=(S, H), scale=np.float32(scale))
 
     @jax.custom_vjp
     def attend(q, k, v, valid, about, table):

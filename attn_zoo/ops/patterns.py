@@ -282,6 +282,23 @@ class BlockMask:
         """Pairs in the listed blocks: what the engine computes."""
         return (len(self.full_block) + len(self.part_block)) * self.q_block * self.k_block
 
+    @property
+    def listed_before(self) -> np.ndarray:
+        """How many blocks the rows before each list, and after the last all of them, int32 [num_q + 1]."""
+        return self.full_start + self.part_start
+
+    def longest_first(self, n):
+        """The row that comes n-th, where long ones are to come first: rows from the last one on if the later half lists more, as in causal attention."""
+        before, half = self.listed_before, self.num_q // 2
+        return self.num_q - 1 - n if before[-1] - before[self.num_q - half] > before[half] else n
+
+    def even_parts(self, parts: int) -> np.ndarray:
+        """First row of each part, and the end, int32 [parts + 1]: parts list about as many blocks, and have a row each where there are as many rows."""
+        if parts == self.num_q:
+            return np.arange(parts + 1, dtype=np.int32)
+        cost = self.listed_before + np.arange(self.num_q + 1)  # a row costs something of itself
+        return np.abs(cost - cost[-1] * np.arange(parts + 1)[:, None] / parts).argmin(axis=1).astype(np.int32)
+
     def transpose(self) -> "BlockMask":
         """The same blocks listed by key block, for a backward pass that owns keys."""
         full = _flip(self.full_start, self.full_block, self.num_k)

@@ -19,7 +19,7 @@ from attn_zoo import make_attention
 from attn_zoo.ops import native
 from attn_zoo.ops.backends import choose
 from attn_zoo.ops.blocked import NEG, ScoreMod, blocked_attention
-from attn_zoo.ops.native_attention import native_attention
+from attn_zoo.ops.native_attention import _splits, native_attention
 from attn_zoo.ops.patterns import CAUSAL, FULL, Band, BlockTable, Every, Prefix, block_mask, pair_bits
 from attn_zoo.spec import Unsupported, UserError
 
@@ -121,6 +121,14 @@ def test_few_heads_are_split_among_many_cores(T, monkeypatch):
     many = results(engine(pattern=Band(40, 9)), q, k, v)
     np.testing.assert_array_equal(one[0][0], many[0][0])
     assert_close(many, one, 1e-6)
+
+
+SPLIT = [(8, 64, 2, 1, 1), (1, 64, 2, 2, 2), (3, 64, 2, 2, 1), (5, 64, 4, 3, 1), (1, 64, 64, 4, 4), (1, 1, 64, 1, 1), (33, 64, 32, 4, 1), (256, 64, 48, 2, 1)]
+
+
+@pytest.mark.parametrize("tasks, rows, cores, forward, backward", SPLIT)
+def test_rows_are_split_where_cores_would_wait(tasks, rows, cores, forward, backward):
+    assert (_splits(tasks, rows, cores, False), _splits(tasks, rows, cores, True)) == (forward, backward)
 
 
 @compiled

@@ -97,6 +97,38 @@ def test_transpose_lists_the_same_blocks_by_key(case):
         np.testing.assert_array_equal(getattr(again, field.name), getattr(mask, field.name))
 
 
+@quiet
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(cases(), st.integers(1, 9))
+def test_even_parts_are_as_even_as_rows_allow(case, parts):
+    mask = block_mask(*case)
+    first = mask.even_parts(parts)
+    assert (first[0], first[-1], len(first)) == (0, mask.num_q, parts + 1) and (np.diff(first) >= 0).all()
+    if parts == mask.num_q:
+        assert (np.diff(first) == 1).all()
+    else:
+        cost = np.diff(mask.listed_before) + 1
+        of_parts = np.add.reduceat(np.append(cost, 0), first[:-1]) * (np.diff(first) > 0)
+        assert np.abs(of_parts - cost.sum() / parts).max() <= cost.max()
+
+
+@quiet
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(cases())
+def test_longest_first_is_every_row_once_and_begins_with_the_half_that_lists_more(case):
+    mask = block_mask(*case)
+    rows = np.array([mask.longest_first(n) for n in range(mask.num_q)])
+    assert sorted(rows) == list(range(mask.num_q))
+    listed, half = np.diff(mask.listed_before)[rows], mask.num_q // 2
+    assert listed[:half].sum() >= listed[mask.num_q - half :].sum()
+
+
+def test_causal_queries_come_from_the_last_on_and_their_keys_from_the_first():
+    mask = block_mask(CAUSAL, 256, 256, 16, 16)
+    assert (mask.longest_first(0), mask.transpose().longest_first(0)) == (15, 0)
+    np.testing.assert_array_equal(mask.even_parts(4), [0, 7, 11, 14, 16])
+
+
 T, S = 37, 53
 TABLE = BlockTable(5, ((0, 3), (), (1,), (2, 2, 9), (7,), (10,), (4, 5), (8,)))
 DEFINITIONS = {
