@@ -82,7 +82,7 @@ def _forward(pattern: Pattern, scale: float, q_BTNH, k_BSKH, v_BSKH):
     free = mg.Barrier(num_arrivals=WARPGROUPS, num_barriers=STAGES)
     with _interpreted():
         o, lse = mg.kernel(
-            functools.partial(_kernel, mg=mg, pattern=pattern, scale=scale, S=S, bk=bk, group=N // K),
+            functools.partial(_kernel, mg=mg, pattern=pattern, scale=scale, S=S, bk=bk, group=N // K, row=mask.longest_first),
             out_type=(jax.ShapeDtypeStruct(q.shape, dtype), jax.ShapeDtypeStruct((B, N, q.shape[1]), jnp.float32)),
             grid=(N, mask.num_q, B),
             grid_names=("head", "block", "sequence"),
@@ -117,10 +117,11 @@ def lists(mask: BlockMask) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def _kernel(
     start_ref, full_ref, block_ref, q_ref, k_ref, v_ref, o_ref, lse_ref, *, q_tile, k_tile, v_tile, lse_tile, q_here, k_here, v_here, k_free, v_free, turn,
-    mg, pattern, scale, S, bk, group,
+    mg, pattern, scale, S, bk, group, row,
 ):  # fmt: skip
     """128 queries of one head: o and the logsumexp of their scores. What is `here` has been copied, what is `free` may be overwritten."""
     b, n, c, me = (lax.axis_index(name) for name in ("sequence", "head", "block", "warpgroup"))
+    c = row(c)
     first = start_ref[c]
     count = start_ref[c + 1] - first
 

@@ -108,8 +108,9 @@ def _attend(pattern: Pattern, fn, scale: float, tiles: list[Tile], forward=None)
 class Run:
     """One kernel over one problem: its block lists, its arrays in whole blocks, and which part of them each program gets.
 
-    A program of `forward` and `dq` is (query block, head, sequence), one of `dkv` (key block, key head, sequence). The head dim is padded
-    to a power of two. Queries beyond T are zeros with a logsumexp of NEVER, so that they weigh nothing.
+    A program of `forward` and `dq` is (query block, head, sequence), one of `dkv` (key block, key head, sequence). A GPU starts them in their order: of a head
+    those with long lists come first, so that none of these is begun when the others are done. The head dim is padded to a power of two. Queries beyond T are
+    zeros with a logsumexp of NEVER, so that they weigh nothing.
     """
 
     def __init__(self, pattern, fn, scale, tile, q_shape, k_shape):
@@ -139,14 +140,15 @@ class Run:
 
     def dkv(self, q, k, v, valid, params, do, lse, delta):
         """(dk, dv)."""
-        own = pl.BlockSpec((None, self.tile.k_block, None, self.wide), lambda c, n, b: (b, c, n, 0))
-        own_valid = pl.BlockSpec((None, self.tile.k_block), lambda c, n, b: (b, c))
-        group = pl.BlockSpec((None, self.rows, self.N // self.K, self.wide), lambda c, n, b: (b, 0, n, 0))
-        group_row = pl.BlockSpec((None, self.N // self.K, self.rows), lambda c, n, b: (b, n, 0))
+        mask = self.mask.transpose()
+        own = pl.BlockSpec((None, self.tile.k_block, None, self.wide), lambda p, n, b: (b, mask.longest_first(p), n, 0))
+        own_valid = pl.BlockSpec((None, self.tile.k_block), lambda p, n, b: (b, mask.longest_first(p)))
+        group = pl.BlockSpec((None, self.rows, self.N // self.K, self.wide), lambda p, n, b: (b, 0, n, 0))
+        group_row = pl.BlockSpec((None, self.N // self.K, self.rows), lambda p, n, b: (b, n, 0))
         inputs = [(self._queries(q), group), (self._keys(k), own), (self._keys(v), own), (self._valid(valid), own_valid)]
         inputs += [(self._queries(do), group), *((x, group_row) for x in self._of_rows(lse, delta))]
         outputs = tuple((own, self._shape(self.columns, self.K, x.dtype)) for x in (k, v))
-        dk, dv = self.call(dkv_kernel, self.mask.transpose(), self.K, params, inputs, outputs)
+        dk, dv = self.call(dkv_kernel, mask, self.K, params, inputs, outputs)
         return dk[:, : self.S, :, : self.H], dv[:, : self.S, :, : self.H]
 
     def call(self, kernel, mask: BlockMask, heads: int, params, inputs, outputs):
@@ -158,7 +160,7 @@ class Run:
         whole = blocks, [table_rows(table).reshape(-1) for table in tables_of(self.pattern)], params
         is_output = lambda x: isinstance(x, tuple) and isinstance(x[0], pl.BlockSpec)
         return pl.pallas_call(
-            functools.partial(kernel, scoring=self.scoring),
+            functools.partial(kernel, scoring=self.scoring, row=mask.longest_first),
             grid=(mask.num_q, heads, self.B),
             in_specs=[*jax.tree.map(lambda _: pl.BlockSpec(), whole), *(None if x is None else spec for x, spec in inputs)],
             out_specs=jax.tree.map(lambda x: x[0], outputs, is_leaf=is_output),
@@ -170,13 +172,14 @@ class Run:
 
     def _own_queries(self):
         """A program's block of queries, and of numbers a query."""
-        own = pl.BlockSpec((None, self.tile.q_block, None, self.wide), lambda c, n, b: (b, c, n, 0))
-        return own, pl.BlockSpec((None, None, self.tile.q_block), lambda c, n, b: (b, n, c))
+        row = self.mask.longest_first
+        own = pl.BlockSpec((None, self.tile.q_block, None, self.wide), lambda p, n, b: (b, row(p), n, 0))
+        return own, pl.BlockSpec((None, None, self.tile.q_block), lambda p, n, b: (b, n, row(p)))
 
     def _all_keys(self, k, v, valid):
         """Keys, values and validity with what a program of one query head gets of them: all that its key head has."""
-        head = pl.BlockSpec((None, self.columns, None, self.wide), lambda c, n, b: (b, 0, n // (self.N // self.K), 0))
-        return (self._keys(k), head), (self._keys(v), head), (self._valid(valid), pl.BlockSpec((None, self.columns), lambda c, n, b: (b, 0)))
+        head = pl.BlockSpec((None, self.columns, None, self.wide), lambda p, n, b: (b, 0, n // (self.N // self.K), 0))
+        return (self._keys(k), head), (self._keys(v), head), (self._valid(valid), pl.BlockSpec((None, self.columns), lambda p, n, b: (b, 0)))
 
     def _queries(self, x):
         return _pad(x, {1: self.rows, 3: self.wide})

@@ -5,7 +5,7 @@ skip the mask, partial ones evaluate the pattern from indices, others are never 
 kernel that owns queries (dq) and one that owns keys (dk, dv), so that nothing is added atomically. Scores are kept in units of log2(e),
 since exp2 is what the hardware has.
 
-Bodies use references, loops and products alone, which Pallas' compilers for NVIDIA GPUs share.
+Bodies use references, loops and products alone, which Pallas' compilers for NVIDIA GPUs share. row(n) is the block that program n of a head has.
 """
 
 import dataclasses
@@ -60,9 +60,9 @@ class Scoring:
         return scores if valid is None else jnp.where(valid, scores, NEG), pull
 
 
-def forward_kernel(blocks, tables, params, q_ref, k_ref, v_ref, valid_ref, o_ref, lse_ref, *, scoring: Scoring):
+def forward_kernel(blocks, tables, params, q_ref, k_ref, v_ref, valid_ref, o_ref, lse_ref, *, scoring: Scoring, row: Callable):
     """One block of queries of one head: o [q, H] and the logsumexp [q] of its scores."""
-    c, n, bq, bk = pl.program_id(0), pl.program_id(1), scoring.q_block, scoring.k_block
+    c, n, bq, bk = row(pl.program_id(0)), pl.program_id(1), scoring.q_block, scoring.k_block
     q, i, params = q_ref[...], c * bq + _column(bq), _of_head(params, n)
 
     def body(block, partial, carry):
@@ -84,9 +84,9 @@ def forward_kernel(blocks, tables, params, q_ref, k_ref, v_ref, valid_ref, o_ref
     lse_ref[...] = jnp.where(seen, top / LOG2E + jnp.log(total), -jnp.inf)
 
 
-def dq_kernel(blocks, tables, params, q_ref, k_ref, v_ref, valid_ref, do_ref, lse_ref, delta_ref, dq_ref, dparam_refs, *, scoring: Scoring):
+def dq_kernel(blocks, tables, params, q_ref, k_ref, v_ref, valid_ref, do_ref, lse_ref, delta_ref, dq_ref, dparam_refs, *, scoring: Scoring, row: Callable):
     """One block of queries of one head: dq [q, H], and of every parameter its gradient by these rows, [q]."""
-    c, n, bq, bk = pl.program_id(0), pl.program_id(1), scoring.q_block, scoring.k_block
+    c, n, bq, bk = row(pl.program_id(0)), pl.program_id(1), scoring.q_block, scoring.k_block
     q, do, i, params = q_ref[...], do_ref[...], c * bq + _column(bq), _of_head(params, n)
     lse, delta = LOG2E * lse_ref[...][:, None], delta_ref[...][:, None]
 
@@ -107,9 +107,9 @@ def dq_kernel(blocks, tables, params, q_ref, k_ref, v_ref, valid_ref, do_ref, ls
         ref[...] = x
 
 
-def dkv_kernel(blocks, tables, params, q_ref, k_ref, v_ref, valid_ref, do_ref, lse_ref, delta_ref, dk_ref, dv_ref, *, scoring: Scoring):
+def dkv_kernel(blocks, tables, params, q_ref, k_ref, v_ref, valid_ref, do_ref, lse_ref, delta_ref, dk_ref, dv_ref, *, scoring: Scoring, row: Callable):
     """One block of keys of one key head: dk, dv [k, H], summed over the G query heads that share it. `blocks` lists query blocks by key block."""
-    c, n, bq, bk, G = pl.program_id(0), pl.program_id(1), scoring.q_block, scoring.k_block, q_ref.shape[1]
+    c, n, bq, bk, G = row(pl.program_id(0)), pl.program_id(1), scoring.q_block, scoring.k_block, q_ref.shape[1]
     k, v, j = k_ref[...], v_ref[...], c * bk + _column(bk)
     valid = None if valid_ref is None else valid_ref[...][:, None] != 0
 
