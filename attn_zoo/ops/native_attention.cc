@@ -188,8 +188,8 @@ ffi::Error forward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, ffi::Buff
 }
 
 ffi::Error backward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, ffi::Buffer<ffi::PRED> valid, Floats added, Floats by_distance, Indices full_start,
-                    Indices full_block, Indices part_start, Indices part_block, Indices part_tile, ffi::Buffer<ffi::U8> bits, Indices first_block, Floats o, Floats lse,
-                    Floats d_o, Floats d_lse, Results dq, Results dk, Results dv, Results d_by_distance, Results memory, float scale) {
+                    Indices full_block, Indices part_start, Indices part_block, Indices part_tile, ffi::Buffer<ffi::U8> bits, Indices first_block, Floats o,
+                    Floats lse, Floats d_o, Floats d_lse, Results dq, Results dk, Results dv, Results d_by_distance, Results memory, float scale) {
   const Shape s = shape_of(q, k, scale, first_block);
   const Blocks blocks{full_start.typed_data(), full_block.typed_data(), part_start.typed_data(),
                       part_block.typed_data(), part_tile.typed_data(),  bits.typed_data()};
