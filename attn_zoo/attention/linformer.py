@@ -107,10 +107,11 @@ class Linformer(Attention):
 
 def _project(projection, x_BSKH):
     """`projection` [1 or K, R, max_len]; one for all heads is one product, not one a head with a copy of it."""
-    weights = projection[:, :, : x_BSKH.shape[1]].astype(x_BSKH.dtype)
+    B, S, K, H = x_BSKH.shape
+    weights = projection[:, :, :S].astype(x_BSKH.dtype)
     wide = jnp.promote_types(x_BSKH.dtype, jnp.float32)
-    if len(weights) == 1:
-        return jnp.einsum("RS,BSKH->BRKH", weights[0], x_BSKH, preferred_element_type=wide).astype(x_BSKH.dtype)
+    if len(weights) == 1:  # an einsum would have x on the left, for which XLA turns x and the result
+        return jnp.matmul(weights, x_BSKH.reshape(B, S, K * H), preferred_element_type=wide).reshape(B, -1, K, H).astype(x_BSKH.dtype)
     return jnp.einsum("KRS,BSKH->BRKH", weights, x_BSKH, preferred_element_type=wide).astype(x_BSKH.dtype)
 
 
