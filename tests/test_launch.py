@@ -8,6 +8,7 @@ import sys
 import types
 from pathlib import Path
 
+import jax
 import psutil
 import pytest
 from absl import flags
@@ -52,6 +53,7 @@ def call(home, monkeypatch, capsys):
     """launch.py in this process: (exit status, stdout, stderr) of its arguments."""
     monkeypatch.chdir(home)
     monkeypatch.syspath_prepend(ROOT)
+    jax.devices()  # this process has its four by now: what is set here is for the ones that launch.py starts
     monkeypatch.setenv("XLA_FLAGS", ENV["XLA_FLAGS"])
     import launch
 
