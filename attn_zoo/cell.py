@@ -31,7 +31,6 @@ from attn_zoo.results import write_record
 from attn_zoo.spec import Unsupported, UserError
 from attn_zoo.tasks import Task, load_task
 
-
 DECODE_STEPS = 64  # in one call of the measuring mode `decode`
 
 

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from attn_zoo import config
-from attn_zoo.attention import Attention, Drawn, Loss, ScoreFunction, Statistic
+from attn_zoo.attention import Drawn, Loss, ScoreFunction, Statistic
 from attn_zoo.measure import compile_timed
 from attn_zoo.models import compiler_options, read_variant
 from attn_zoo.models.generation import write

@@ -14,7 +14,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from attn_zoo import VARIANTS, sweep
+from attn_zoo import sweep
 from attn_zoo.attention import find
 from attn_zoo.config import Experiment, Measure, Model, Train
 from attn_zoo.progress import Display

@@ -36,7 +36,7 @@ def test_there_are_experiments():
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_an_experiment_is_named_as_its_file_which_says_how_to_run_it(path):
     assert load(path).name == path.stem, "its results go to results/<name>"
-    assert f"experiments/{path.name}" in path.read_text() or f"make sweep" in path.read_text()
+    assert f"experiments/{path.name}" in path.read_text() or "make sweep" in path.read_text()
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

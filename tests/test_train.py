@@ -1,6 +1,5 @@
 """Training: one golden step, AdamW and the loss against plain NumPy, and what must change nothing: devices, windows, evaluations."""
 
-import dataclasses
 import math
 
 import jax

@@ -17,7 +17,7 @@ from attn_zoo.attention.full import pattern
 from attn_zoo.attention.pattern import dense_mask
 from attn_zoo.ops import backends
 from attn_zoo.ops.additive import additive_attention
-from attn_zoo.ops.patterns import count_pairs
+from attn_zoo.ops.block_mask import count_pairs
 from attn_zoo.ops.slots import softmax_row
 from attn_zoo.spec import check_int
 

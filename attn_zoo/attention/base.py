@@ -22,7 +22,6 @@ from attn_zoo.ops import backends
 from attn_zoo.ops.patterns import FULL, Pattern
 from attn_zoo.spec import Unsupported, UserError
 
-
 _ASKED: contextvars.ContextVar[list | None] = contextvars.ContextVar("asked", default=None)  # where calls of `part` are noted instead
 
 

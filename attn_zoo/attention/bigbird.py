@@ -16,10 +16,11 @@ from attn_zoo.attention.base import Variant, softmax_reference
 from attn_zoo.attention.block import BLOCK
 from attn_zoo.attention.global_window import pattern
 from attn_zoo.attention.pattern import MergedAttention, dense_mask, pair_flops, parts_plan
+from attn_zoo.ops.block_mask import count_pairs
 from attn_zoo.ops.draws import draw_distinct
 from attn_zoo.ops.gathered import gathered_attention, listed_mask
 from attn_zoo.ops.merge import merge
-from attn_zoo.ops.patterns import CAUSAL, Pattern, count_pairs
+from attn_zoo.ops.patterns import CAUSAL, Pattern
 from attn_zoo.ops.slots import attend_listed, put
 from attn_zoo.spec import check_int
 

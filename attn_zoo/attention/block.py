@@ -12,7 +12,8 @@ import numpy as np
 
 from attn_zoo.attention.base import Paper, Variant
 from attn_zoo.attention.pattern import PatternAttention, pair_flops
-from attn_zoo.ops.patterns import CAUSAL, BlockTable, Pattern, Prefix, count_pairs
+from attn_zoo.ops.block_mask import count_pairs
+from attn_zoo.ops.patterns import CAUSAL, BlockTable, Pattern, Prefix
 from attn_zoo.spec import check_int
 
 

@@ -15,7 +15,8 @@ from attn_zoo.attention.base import Variant, softmax_reference
 from attn_zoo.attention.local import LOCAL
 from attn_zoo.attention.pattern import PatternAttention, dense_mask, pair_flops
 from attn_zoo.ops import backends
-from attn_zoo.ops.patterns import CAUSAL, FULL, Band, Pattern, Prefix, count_pairs
+from attn_zoo.ops.block_mask import count_pairs
+from attn_zoo.ops.patterns import CAUSAL, FULL, Band, Pattern, Prefix
 from attn_zoo.ops.slots import score_row, softmax_row
 from attn_zoo.spec import check, check_int
 

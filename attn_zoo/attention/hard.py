@@ -24,9 +24,10 @@ from jax import lax
 from attn_zoo.attention.base import Bound, Loss, Paper, ScoreFunction, Statistic, Variant, repeat_kv
 from attn_zoo.attention.full import pattern
 from attn_zoo.attention.pattern import SlotDecoding, dense_mask
+from attn_zoo.ops.block_mask import count_pairs
 from attn_zoo.ops.blocked import NEG, TILE_BYTES, ScoreMod, blocked_attention
 from attn_zoo.ops.native_gathered import native_best_keys
-from attn_zoo.ops.patterns import CAUSAL, count_pairs
+from attn_zoo.ops.patterns import CAUSAL
 from attn_zoo.ops.rows import dot_rows, first_largest
 from attn_zoo.ops.slots import put, score_row
 from attn_zoo.spec import check, check_choice, check_number

@@ -21,8 +21,9 @@ from jax import lax
 from attn_zoo.attention.base import Attention, Paper, Variant, repeat_kv, softmax_reference
 from attn_zoo.attention.pattern import dense_mask, pair_flops
 from attn_zoo.ops import backends
+from attn_zoo.ops.block_mask import count_pairs
 from attn_zoo.ops.linear import linear_attention
-from attn_zoo.ops.patterns import CAUSAL, FULL, count_pairs
+from attn_zoo.ops.patterns import CAUSAL, FULL
 from attn_zoo.ops.tiled import tiled_attention
 from attn_zoo.spec import check_int
 

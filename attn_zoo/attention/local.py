@@ -8,7 +8,8 @@ import dataclasses
 
 from attn_zoo.attention.base import Paper, Variant
 from attn_zoo.attention.pattern import PatternAttention, pair_flops
-from attn_zoo.ops.patterns import Band, Pattern, count_pairs
+from attn_zoo.ops.block_mask import count_pairs
+from attn_zoo.ops.patterns import Band, Pattern
 from attn_zoo.spec import check_int
 
 

@@ -21,8 +21,9 @@ from flax import nnx
 from attn_zoo.attention.base import Paper, Variant, repeat_kv, softmax_reference
 from attn_zoo.attention.pattern import SlotDecoding, dense_mask, pair_flops, pattern_plan
 from attn_zoo.ops import backends
+from attn_zoo.ops.block_mask import count_pairs
 from attn_zoo.ops.gathered import gathered_attention
-from attn_zoo.ops.patterns import CAUSAL, Band, Pattern, count_pairs
+from attn_zoo.ops.patterns import CAUSAL, Band, Pattern
 from attn_zoo.ops.slots import put
 from attn_zoo.spec import check_choice, check_int
 

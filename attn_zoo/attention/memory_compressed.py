@@ -21,7 +21,8 @@ from jax import lax
 from attn_zoo.attention.base import Attention, Paper, Variant, softmax_reference
 from attn_zoo.attention.pattern import dense_mask, pair_flops, pattern_plan
 from attn_zoo.ops import backends
-from attn_zoo.ops.patterns import FULL, Pattern, count_pairs
+from attn_zoo.ops.block_mask import count_pairs
+from attn_zoo.ops.patterns import FULL, Pattern
 from attn_zoo.ops.slots import score_row, softmax_row
 from attn_zoo.spec import check, check_choice, check_int
 

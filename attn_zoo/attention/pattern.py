@@ -5,7 +5,8 @@ import numpy as np
 
 from attn_zoo.attention.base import Attention, Dims, softmax_reference
 from attn_zoo.ops import backends
-from attn_zoo.ops.patterns import Pattern, block_mask, count_pairs
+from attn_zoo.ops.block_mask import block_mask, count_pairs
+from attn_zoo.ops.patterns import Pattern
 from attn_zoo.ops.slots import Slots, attend_slots, init_slots, plan_slots, put, score_row, softmax_row
 
 

@@ -18,8 +18,9 @@ from flax import nnx
 from attn_zoo.attention.base import Paper, Variant, repeat_kv, softmax_reference
 from attn_zoo.attention.pattern import MergedAttention, dense_mask, pair_flops
 from attn_zoo.ops import backends
+from attn_zoo.ops.block_mask import count_pairs
 from attn_zoo.ops.merge import merge
-from attn_zoo.ops.patterns import CAUSAL, FULL, count_pairs
+from attn_zoo.ops.patterns import CAUSAL, FULL
 from attn_zoo.spec import check_int
 
 

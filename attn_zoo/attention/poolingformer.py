@@ -19,7 +19,8 @@ from flax import nnx
 from attn_zoo.attention.base import Attention, Paper, Variant, softmax_reference
 from attn_zoo.attention.pattern import dense_mask, pair_flops, pattern_plan
 from attn_zoo.ops import backends
-from attn_zoo.ops.patterns import Band, Pattern, count_pairs
+from attn_zoo.ops.block_mask import count_pairs
+from attn_zoo.ops.patterns import Band, Pattern
 from attn_zoo.ops.slots import Slots, attend_slots, init_slots, plan_slots, put, score_row, softmax_row
 from attn_zoo.spec import check, check_choice, check_int
 

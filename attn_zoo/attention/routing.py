@@ -30,7 +30,6 @@ from attn_zoo.ops.native import core_count
 from attn_zoo.ops.tiled import tiled_attention
 from attn_zoo.spec import check, check_int, check_number
 
-
 CENTROIDS = 16  # whose products with all tokens are held at once: no more numbers than a quarter of the tokens' own, at 64 channels; each reading of the tokens serves so many
 ADDED_BYTES = 2**16  # of what hides pairs, for each core, in the clusters that the native kernels attend to at once; a cluster at the least
 

@@ -24,8 +24,8 @@ from jax import lax
 from attn_zoo.attention.base import Attention, Paper, Variant, softmax_reference
 from attn_zoo.attention.block_local import pattern as own_block
 from attn_zoo.attention.pattern import dense_mask, pair_flops, parts_plan
+from attn_zoo.ops.block_mask import count_pairs
 from attn_zoo.ops.merge import merge
-from attn_zoo.ops.patterns import count_pairs
 from attn_zoo.ops.slots import score_row, softmax_row
 from attn_zoo.spec import check, check_int, check_number
 

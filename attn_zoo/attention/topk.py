@@ -12,9 +12,10 @@ from jax import lax
 from attn_zoo.attention.base import Paper, Variant, repeat_kv, softmax_reference
 from attn_zoo.attention.pattern import SlotDecoding, pair_flops
 from attn_zoo.ops import backends
+from attn_zoo.ops.block_mask import count_pairs
 from attn_zoo.ops.gathered import gathered_attention
 from attn_zoo.ops.native_gathered import native_best_keys
-from attn_zoo.ops.patterns import CAUSAL, FULL, count_pairs
+from attn_zoo.ops.patterns import CAUSAL, FULL
 from attn_zoo.ops.slots import put, score_row, softmax_row
 from attn_zoo.spec import check_int
 

@@ -11,7 +11,6 @@ and sizes are the config's; the re-ranking of the n best by language models (Cui
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ from attn_zoo.attention.base import Paper
 from attn_zoo.models.layers import dropout
 from attn_zoo.models.recurrent import NEG, NoOptions, RecurrentEncoder
 from attn_zoo.models.transformer import split_key
-from attn_zoo.spec import Spec, UserError, check
+from attn_zoo.spec import Spec, check
 
 ABSENT = -1e4  # log P of a word that may not be the answer: zero as a float32 probability, and finite in a loss
 

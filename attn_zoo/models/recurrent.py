@@ -24,7 +24,8 @@ from attn_zoo.attention.hard import Options as HardOptions
 from attn_zoo.models.layers import EMBEDDING_STD, check_source, dropout, normal, read_out
 from attn_zoo.models.pictures import ConvolutionEncoder, cells_of
 from attn_zoo.models.transformer import split_key
-from attn_zoo.ops.patterns import Band, count_pairs
+from attn_zoo.ops.block_mask import count_pairs
+from attn_zoo.ops.patterns import Band
 from attn_zoo.spec import Spec, UserError, check, check_int
 
 NEG = -1e30  # a score that is not seen: finite, so that differences of such are not NaN

@@ -11,7 +11,6 @@ from attn_zoo.ops.patterns import Band, Pattern
 from attn_zoo.ops.tuning import tile
 from attn_zoo.spec import UserError, nearest
 
-
 ANYWHERE = False  # whether cuDNN can be asked for where it is not: tests lower its calls on a CPU
 
 

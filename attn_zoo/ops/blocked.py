@@ -15,7 +15,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from attn_zoo.ops.patterns import BlockMask, Pattern, block_mask
+from attn_zoo.ops.block_mask import BlockMask, block_mask
+from attn_zoo.ops.patterns import Pattern
 from attn_zoo.ops.rows import dot_rows
 
 NEG = -1e30  # a masked score: finite, so that differences of masked scores are not NaN

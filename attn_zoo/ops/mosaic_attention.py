@@ -18,9 +18,10 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float
 
 from attn_zoo.ops import pallas_attention
+from attn_zoo.ops.block_mask import BlockMask, block_mask
 from attn_zoo.ops.blocked import ScoreMod
 from attn_zoo.ops.pallas_kernels import LOG2E, NEG, tables_of
-from attn_zoo.ops.patterns import BlockMask, Pattern, block_mask
+from attn_zoo.ops.patterns import Pattern
 from attn_zoo.ops.tuning import power_of_two
 from attn_zoo.spec import Unsupported
 

@@ -9,9 +9,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from attn_zoo.ops import native
+from attn_zoo.ops.block_mask import block_mask, pair_bits
 from attn_zoo.ops.blocked import ScoreMod
 from attn_zoo.ops.native import whole
-from attn_zoo.ops.patterns import FULL, Pattern, block_mask, pair_bits
+from attn_zoo.ops.patterns import FULL, Pattern
 from attn_zoo.spec import Unsupported
 
 BLOCK = 64  # queries, and keys, of a tile

@@ -14,9 +14,10 @@ from jax.experimental import pallas as pl
 from jax.extend.core import Literal, jaxprs_in_params
 from jaxtyping import Array, Bool, Float
 
+from attn_zoo.ops.block_mask import BlockMask, block_mask
 from attn_zoo.ops.blocked import ScoreMod
 from attn_zoo.ops.pallas_kernels import NEVER, Scoring, dkv_kernel, dq_kernel, forward_kernel, replace_tables, tables_of
-from attn_zoo.ops.patterns import FULL, BlockMask, Pattern, block_mask, table_rows
+from attn_zoo.ops.patterns import FULL, Pattern, table_rows
 from attn_zoo.ops.tuning import KERNELS, LEAST, MOST_HEAD_DIM, Tile, power_of_two, tile
 from attn_zoo.spec import Unsupported
 

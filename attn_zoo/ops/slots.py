@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from attn_zoo.ops.patterns import Band, Pattern, visibility
+from attn_zoo.ops.block_mask import visibility
+from attn_zoo.ops.patterns import Band, Pattern
 
 
 @dataclasses.dataclass(frozen=True)

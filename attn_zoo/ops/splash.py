@@ -25,10 +25,11 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jaxtyping import Array, Bool, Float
 
 from attn_zoo.ops import blocked
+from attn_zoo.ops.block_mask import block_mask
 from attn_zoo.ops.blocked import ScoreMod
 from attn_zoo.ops.pallas_attention import mask_obstacle
 from attn_zoo.ops.pallas_kernels import tables_of
-from attn_zoo.ops.patterns import Pattern, block_mask
+from attn_zoo.ops.patterns import Pattern
 from attn_zoo.spec import Unsupported
 
 INTERPRET = False  # tests set it: the kernels then run on any device, slowly

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from attn_zoo.ops import tuning
+from attn_zoo.ops.block_mask import block_mask, count_pairs
 from attn_zoo.ops.blocked import blocked_attention
 from attn_zoo.ops.pallas_attention import Run
-from attn_zoo.ops.patterns import CAUSAL, Band, Pattern, block_mask, count_pairs
+from attn_zoo.ops.patterns import CAUSAL, Band, Pattern
 from attn_zoo.ops.tuning import KERNELS, Tile, power_of_two
 
 PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4}  # of matrices, by a kernel

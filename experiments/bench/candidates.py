@@ -24,7 +24,6 @@ from attn_zoo.measure import compile_timed
 from attn_zoo.models.multi_head import MultiHeadAttention
 from attn_zoo.spec import UserError
 
-
 FIRST_CALL = threading.Lock()  # rows are compiled side by side, and called alone: memory for one may be all there is
 
 

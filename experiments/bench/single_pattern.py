@@ -2,7 +2,8 @@
 
 from attn_zoo.attention.base import Attention
 from attn_zoo.attention.pattern import PatternAttention, SlotDecoding, pair_flops
-from attn_zoo.ops.patterns import Pattern, count_pairs
+from attn_zoo.ops.block_mask import count_pairs
+from attn_zoo.ops.patterns import Pattern
 
 
 def single_pattern(attention: Attention, T: int) -> Pattern | None:

@@ -8,7 +8,7 @@ from flax import nnx
 
 from attn_zoo import UserError, make_attention
 from attn_zoo.attention.memory_compressed import Options, PastSlots, compress, num_slots
-from attn_zoo.ops.patterns import block_mask, count_pairs
+from attn_zoo.ops.block_mask import block_mask, count_pairs
 
 N, K, H = 4, 2, 8
 

@@ -9,8 +9,9 @@ from tiny import ON_CPU
 from attn_zoo import make_attention
 from attn_zoo.ops import backends, mosaic_attention as mosaic, pallas_attention
 from attn_zoo.ops.backends import choose
+from attn_zoo.ops.block_mask import block_mask
 from attn_zoo.ops.mosaic_attention import lists, mosaic_attention
-from attn_zoo.ops.patterns import CAUSAL, FULL, Band, BlockTable, Every, Prefix, block_mask
+from attn_zoo.ops.patterns import CAUSAL, FULL, Band, BlockTable, Every, Prefix
 from attn_zoo.spec import Unsupported, UserError
 
 

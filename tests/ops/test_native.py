@@ -18,9 +18,10 @@ from tiny import ON_CPU
 from attn_zoo import make_attention
 from attn_zoo.ops import native
 from attn_zoo.ops.backends import choose
+from attn_zoo.ops.block_mask import block_mask, pair_bits
 from attn_zoo.ops.blocked import NEG, ScoreMod, blocked_attention
 from attn_zoo.ops.native_attention import _splits, native_attention
-from attn_zoo.ops.patterns import CAUSAL, FULL, Band, BlockTable, Every, Prefix, block_mask, pair_bits
+from attn_zoo.ops.patterns import CAUSAL, FULL, Band, BlockTable, Every, Prefix
 from attn_zoo.spec import Unsupported, UserError
 
 compiled = pytest.mark.skipif(ON_CPU != "native", reason=f"{native.library()}")

@@ -15,10 +15,11 @@ from attn_zoo.attention.fixed import OtherBlocks
 from attn_zoo.attention.memory_compressed import PastSlots
 from attn_zoo.attention.poolingformer import NearSlots
 from attn_zoo.ops import backends, pallas_attention as kernels, tuning
+from attn_zoo.ops.block_mask import block_mask
 from attn_zoo.ops.blocked import ScoreMod, blocked_attention
 from attn_zoo.ops.pallas_attention import pallas_attention
 from attn_zoo.ops.pallas_kernels import precision_of_float32
-from attn_zoo.ops.patterns import CAUSAL, FULL, Band, BlockTable, Every, Pattern, Prefix, block_mask
+from attn_zoo.ops.patterns import CAUSAL, FULL, Band, BlockTable, Every, Pattern, Prefix
 from attn_zoo.spec import Unsupported, UserError
 
 

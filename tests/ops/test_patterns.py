@@ -11,7 +11,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from attn_zoo.ops.patterns import CAUSAL, FULL, Band, BlockTable, Pattern, Prefix, block_mask, count_pairs
+from attn_zoo.ops.block_mask import block_mask, count_pairs
+from attn_zoo.ops.patterns import CAUSAL, FULL, Band, BlockTable, Pattern, Prefix
 
 
 @dataclasses.dataclass(frozen=True)

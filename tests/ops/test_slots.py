@@ -5,7 +5,8 @@ import pytest
 
 from attn_zoo.attention.block import Options as Block
 from attn_zoo.attention.block import pattern as block_pattern
-from attn_zoo.ops.patterns import CAUSAL, Band, Every, Prefix, visibility
+from attn_zoo.ops.block_mask import visibility
+from attn_zoo.ops.patterns import CAUSAL, Band, Every, Prefix
 from attn_zoo.ops.slots import plan_slots
 
 T = 150

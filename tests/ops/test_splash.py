@@ -14,7 +14,7 @@ from test_pallas import DIRECTIONS, SERVED as SERVED_BY_PALLAS, SLOTS, loss_of
 from attn_zoo import VARIANTS, make_attention
 from attn_zoo.ops import backends, splash
 from attn_zoo.ops.blocked import ScoreMod
-from attn_zoo.ops.patterns import CAUSAL, FULL, Band, BlockTable, Every, Pattern, Prefix
+from attn_zoo.ops.patterns import CAUSAL, FULL, Band, BlockTable, Every, Prefix
 from attn_zoo.ops.splash import ComputedMask, mask_of, splash_attention
 from attn_zoo.spec import Unsupported, UserError
 
