@@ -60,14 +60,15 @@ def _cond(equation: Any, args: list[Waited]) -> list[Waited]:
 
 def _scan(equation: Any, args: list[Waited]) -> list[Waited]:
     p = equation.params
-    first, last = p["num_consts"], p["num_consts"] + p["num_carry"]
-    consts, carry, xs = args[:first], args[first:last], args[last:]
+    # How many constants and carried values there are, which JAX says in another way from 0.12 on.
+    num_consts, num_carry = (p["num_consts"], p["num_carry"]) if "num_consts" in p else map(len, p["ft_in"].unpack()[:2])
+    consts, carry, xs = args[:num_consts], args[num_consts : num_consts + num_carry], args[num_consts + num_carry :]
     waits = 1 if carry else 0
     trips: list = [None] * p["length"]
     for i in reversed(range(p["length"])) if p["reverse"] else range(p["length"]):
         slices = [(functools.partial(lambda x, i: x()[i], x, i), chain) for x, chain in xs]
         out = [(value, chain + waits) for value, chain in _run(p["jaxpr"], consts + carry + slices)]
-        carry, trips[i] = out[: p["num_carry"]], out[p["num_carry"] :]
+        carry, trips[i] = out[:num_carry], out[num_carry:]
     stack = lambda values: functools.cache(lambda: jnp.stack([value() for value in values]))
     return carry + [(stack([value for value, _ in out]), max(chain for _, chain in out)) for out in zip(*trips)]
 
