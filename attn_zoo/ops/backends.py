@@ -54,6 +54,13 @@ def _compute_capability() -> float:
         return 0.0
 
 
+def _cuda_version() -> int:
+    """Of the CUDA runtime that JAX's plugin is made for, as 12080 for 12.8; 0 without a plugin."""
+    from jax._src.lib import cuda_versions  # has no public name
+
+    return cuda_versions.cuda_runtime_get_version() if cuda_versions else 0
+
+
 def _device_obstacle(interpret: bool) -> str | None:
     """Why this machine does not run Pallas kernels for NVIDIA GPUs, if it does not."""
     if interpret:
@@ -74,6 +81,8 @@ def _mosaic_serves(pattern: Pattern, dtype, head_dim: int, masked: bool | str, m
     obstacle = _device_obstacle(mosaic_attention.INTERPRET)
     if obstacle is None and not mosaic_attention.INTERPRET and int(_compute_capability()) != 9:
         obstacle = "it is for Hopper GPUs, of compute capability 9.0"
+    elif obstacle is None and 12080 <= _cuda_version() < 12091:  # for which JAX refuses its own causal kernel of this kind
+        obstacle = "the assembler of CUDA 12.8 and 12.9 compiles such kernels wrongly"
     return obstacle or mosaic_attention.serves(pattern, dtype, head_dim, masked, modified)
 
 
@@ -100,7 +109,8 @@ def _cudnn(q_BTNH, k_BSKH, v_BSKH, *, pattern, valid_BS, score_mod, scale):
     # Queries more than a window beyond the last key see nothing, which is zero here and undefined there.
     rows = T if window is None else min(T, S + pattern.back)
     lengths = {} if valid_BS is None else {"key_value_seq_lengths": jnp.maximum(valid_BS.sum(axis=1, dtype=jnp.int32), 1)}
-    if rows % 2 or S % 2:  # which JAX refuses where gradients are taken: one position more, and how many there are
+    # With how many positions there are, cuDNN takes a window of more queries than keys, and JAX, with one position more, gradients of odd lengths.
+    if rows % 2 or S % 2 or (window is not None and rows > S):
         lengths = {"query_seq_lengths": jnp.full((B,), rows, jnp.int32), "key_value_seq_lengths": jnp.full((B,), S, jnp.int32)} | lengths
     even = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
     o_BTNH = jax.nn.dot_product_attention(

@@ -85,8 +85,8 @@ def _forward(pattern: Pattern, scale: float, q_BTNH, k_BSKH, v_BSKH):
         o, lse = mg.kernel(
             functools.partial(_kernel, mg=mg, pattern=pattern, scale=scale, S=S, bk=bk, group=N // K, row=mask.longest_first),
             out_type=(jax.ShapeDtypeStruct(q.shape, dtype), jax.ShapeDtypeStruct((B, N, q.shape[1]), jnp.float32)),
-            grid=(N, mask.num_q, B),
-            grid_names=("head", "block", "sequence"),
+            grid=(B, N, mask.num_q),  # the last runs first: programs beside each other share keys and values
+            grid_names=("sequence", "head", "block"),
             num_threads=WARPGROUPS + 1,
             thread_name="warpgroup",
             scratch_types=dict(
@@ -134,17 +134,15 @@ def _kernel(
         @pl.loop(0, count + STAGES)  # the last turns wait for the blocks that are still read
         def _(step):
             slot = lax.rem(step, jnp.array(STAGES, step.dtype))
-            streams = (k_ref, k_tile, k_here, k_free), (v_ref, v_tile, v_here, v_free)
+            for ref, tile, here, free in ((k_ref, k_tile, k_here, k_free), (v_ref, v_tile, v_here, v_free)):  # keys are free before values are
 
-            @pl.when(step >= STAGES)
-            def _():
-                for *_, free in streams:
+                @pl.when(step >= STAGES)
+                def _():
                     mg.barrier_wait(free.at[slot])
 
-            @pl.when(step < count)
-            def _():
-                rows = b, pl.ds(block_ref[first + step] * bk, bk), head
-                for ref, tile, here, _ in streams:
+                @pl.when(step < count)
+                def _():
+                    rows = b, pl.ds(block_ref[first + step] * bk, bk), head
                     mg.copy_gmem_to_smem(ref.at[rows], tile.at[slot], here.at[slot])
 
     @pl.when(me < WARPGROUPS)

@@ -53,7 +53,10 @@ def tile(kernel: str, pattern: Pattern, T: int, S: int, dtype, head_dim: int, *,
         return dataclasses.replace(chosen, q_block=block, k_block=block)
     widest = _widest(pattern)
     at_most = lambda size: size if widest is None else min(size, widest)
-    return dataclasses.replace(chosen, q_block=fit(at_most(chosen.q_block), T), k_block=fit(at_most(chosen.k_block), S))
+    q_block, k_block = fit(at_most(chosen.q_block), T), fit(at_most(chosen.k_block), S)
+    rows, tuned_rows = (k_block, chosen.k_block) if kernel == "dkv" else (q_block, chosen.q_block)  # those that a program owns, which its warps divide
+    num_warps = min(chosen.num_warps, max(4, rows // LEAST)) if rows < tuned_rows else chosen.num_warps
+    return Tile(q_block, k_block, num_warps, chosen.num_stages)
 
 
 def scan_tile(kernel: str, dtype, head_dim: int, *, device: str | None = None) -> ScanTile:

@@ -1,7 +1,7 @@
 """Compiling for NVIDIA GPUs on a machine that has none: `make test-cuda` installs JAX's CUDA plugin, and runs these tests.
 
-The plugin compiles for a GPU of which it is given a description, to machine code: what a kernel asks of shared memory, what XLA, Triton and cuDNN
-refuse, and what memory a program takes, are found out without the GPU. Nothing is run.
+The plugin compiles for a GPU of which it is given a description, to machine code: what a kernel asks of shared memory, what XLA and Triton
+refuse, and what memory a program takes, are found out without the GPU. Nothing is run; and cuDNN, which builds its kernels on the GPU, is not asked.
 """
 
 import dataclasses

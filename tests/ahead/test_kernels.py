@@ -20,6 +20,7 @@ from attn_zoo.ops.patterns import CAUSAL, FULL, Band, BlockTable, Every, Prefix
 DTYPES = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32], ids=["bf16", "f16", "f32"])
 KINDS = pytest.mark.parametrize("kind", [H200, A6000])
 SPILLED = 512  # bytes a thread, at most
+TABLE = BlockTable(64, tuple((i % 5, (i + 3) % 11) for i in range(16)))
 
 
 def bend(scores, i, j, params):
@@ -50,6 +51,14 @@ def by_matrix_units(kernels) -> bool:
     return all(re.search(r"mma\.(mma_async|sync)", kernel.ptx) for kernel in kernels.values())
 
 
+PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4}  # of a block
+
+
+def products_of(kernel, num_warps) -> int:
+    """Multiply-adds that stand in a program, of all its warpgroups: a tile with too few rows for them has each compute all of it."""
+    return num_warps // 4 * sum(64 * int(columns) * int(depth) for columns, depth in re.findall(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(\d+)", kernel.ptx))
+
+
 @KINDS
 @DTYPES
 @pytest.mark.parametrize("H", [16, 64, 128, 256])
@@ -59,17 +68,29 @@ def test_attention_fits(kind, dtype, H, monkeypatch):
     assert set(found) == {"forward_kernel", "dq_kernel", "dkv_kernel"} and by_matrix_units(found)
     assert {name: kernel.spilled for name, kernel in found.items() if kernel.spilled > SPILLED} == {}
     if kind == H200 and dtype != jnp.float32:
-        assert all("wgmma.mma_async" in kernel.ptx for kernel in found.values()), "products without Hopper's own instructions"
+        for kernel, products in PRODUCTS.items():
+            tile, blocks = tuning.tile(kernel, CAUSAL, 1000, 1000, dtype, H), 2  # a full one, and a partial one
+            if (kernel, H) == ("dkv", 256):  # its sums fill the registers of two warpgroups with 64 keys, of which both compute all scores
+                continue
+            assert products_of(found[f"{kernel}_kernel"], tile.num_warps) == blocks * products * tile.q_block * tile.k_block * H, "by Hopper's own instructions, none twice"
+
+
+@pytest.mark.parametrize("H", [64, 128])
+def test_blocks_of_64_fit(H):
+    """A pattern of such blocks has tiles no wider, and so with fewer warps."""
+    found = assembled(*attends(jnp.bfloat16, H, pattern=CAUSAL & TABLE))
+    assert {name: kernel.spilled for name, kernel in found.items() if kernel.spilled > SPILLED} == {}
+    for kernel, products in PRODUCTS.items():
+        assert products_of(found[f"{kernel}_kernel"], 4) == 2 * products * 64 * 64 * H
 
 
 def everything(dtype, H):
     """All that the attention kernels can be asked for: tables, slots, strides, a score modification with gradients, validity, a head dim to be padded."""
-    table = BlockTable(64, tuple((i % 5, (i + 3) % 11) for i in range(16)))
     shapes = [jax.ShapeDtypeStruct((2, 1000, heads, H), dtype) for heads in (4, 2, 2)]
     shapes += [{name: jax.ShapeDtypeStruct((4,), jnp.float32) for name in ("cap", "slope")}, jax.ShapeDtypeStruct((2, 1000), bool)]
 
     def loss(q, k, v, params, valid):
-        pattern = CAUSAL & (Prefix(7) | table | Every(5)) | PastSlots(3, 5, True) | NearSlots(4, -9, 11)
+        pattern = CAUSAL & (Prefix(7) | TABLE | Every(5)) | PastSlots(3, 5, True) | NearSlots(4, -9, 11)
         return sum(x.astype(jnp.float32).sum() for x in pallas_attention(q, k, v, pattern=pattern, valid_BS=valid, score_mod=ScoreMod(bend, params)))
 
     return jax.value_and_grad(loss, (0, 1, 2, 3)), *shapes

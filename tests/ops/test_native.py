@@ -133,7 +133,7 @@ def test_rows_are_split_where_cores_would_wait(tasks, rows, cores, forward, back
 
 
 @compiled
-def test_callers_beside_each_other_do_not_wait_for_each_other():
+def test_callers_beside_each_other_get_what_one_alone_gets():
     """More callers than threads, on all the devices there are."""
     q, k, v = normals(2, 300, 300, 4, 2, 16)
     run = jax.jit(jax.grad(lambda q, k, v: (native_attention(q, k, v, pattern=CAUSAL)[0] ** 2).sum(), (0, 1, 2)))

@@ -368,3 +368,9 @@ def test_tiles_follow_the_pattern_and_the_lengths(pattern):
         tile = tuning.tile(kernel, pattern, T, S, jnp.bfloat16, 64, device="default")
         for size, length in ((tile.q_block, T), (tile.k_block, S)):
             assert 16 <= size <= 64 and size & (size - 1) == 0 and size < max(2 * length, 17)
+
+
+def test_a_tile_with_fewer_rows_has_fewer_warps():
+    of = lambda kernel, pattern: dataclasses.astuple(tuning.tile(kernel, pattern, 5000, 5000, jnp.bfloat16, 64, device="NVIDIA H200"))
+    assert (of("forward", FULL), of("dkv", FULL)) == ((128, 128, 8, 3), (64, 128, 8, 3))
+    assert (of("forward", Band(8, 8)), of("dkv", Band(8, 8))) == ((32, 32, 4, 3), (32, 32, 4, 3))

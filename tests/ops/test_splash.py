@@ -154,6 +154,7 @@ def asked(name, causal, monkeypatch):
     attention = layer(SERVED[name], causal)
     assert set(attention.plan(150, 150, True)["backend"].split(" + ")) == {"splash"}
     jax.eval_shape(lambda *args: attention(*args[:3], valid_BS=args[3]), *shapes(2, 150, 150, 4, 2, 16, jnp.float32), jax.ShapeDtypeStruct((2, 150), bool))
+    assert found
     return found
 
 
