@@ -42,7 +42,7 @@ def test_a_call_is_timed_until_its_result_is_there():
 def test_calls_before_the_clock_starts_do_not_count():
     seconds = itertools.chain((0.1, 0.1), itertools.repeat(0.001))
     speed = measure.time_calls(lambda: time.sleep(next(seconds)), Measure(warmup=2, min_steps=3, min_seconds=0.0))
-    assert speed["n"] == 3 and speed["p20_s"] < 0.1
+    assert speed["n"] == 3 and speed["p80_s"] < 0.05
 
 
 def test_calls_go_on_until_there_are_enough_of_steps_and_of_seconds():

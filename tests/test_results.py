@@ -66,10 +66,13 @@ def test_a_reader_never_sees_part_of_a_record(tmp_path):
     write_record(tmp_path, record("a1", curve=[0] * 50_000))
     writer = threading.Thread(target=lambda: [write_record(tmp_path, record("a1", curve=[n] * 50_000)) for n in range(20)])
     writer.start()
+    reads = 0
     while writer.is_alive():
         [seen] = load_records(tmp_path)  # raises when damaged
         assert seen["curve"] == [seen["curve"][0]] * 50_000
+        reads += 1
     writer.join()
+    assert reads and load_records(tmp_path)[0]["curve"][0] == 19, "the writer wrote all, beside a reader"
 
 
 def test_what_a_killed_writer_left_is_no_record(tmp_path):

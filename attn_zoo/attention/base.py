@@ -57,6 +57,7 @@ class Bound:
     why: str
     scale: float
     error: float  # largest absolute difference, for standard normal queries, keys (before scaling) and values
+    cosine: float = 0.99  # least, between all outputs and those of `full`: an error alone may be that of zeros, or of a mean of the values
     options: tuple[tuple[str, Any], ...] = ()
 
 

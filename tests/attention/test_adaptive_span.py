@@ -197,10 +197,12 @@ def test_a_span_beyond_the_compiled_window_does_not_pass_unnoticed(how):
     }
     try:
         o = run[how]()
-    except UserError:
+    except UserError as refused:
+        assert "specialize" in str(refused)
         return
-    if np.isfinite(o).all():
-        np.testing.assert_allclose(o, expected, atol=1e-5)
+    if np.isnan(o).all():
+        return
+    np.testing.assert_allclose(o, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("max_len", [T, 256], ids=["whole-window", "part-window"])

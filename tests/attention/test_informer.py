@@ -64,7 +64,7 @@ def test_peaked_queries_are_active_and_the_others_take_the_mean(causal):
 def test_invalid_queries_are_never_active():
     q, k, _ = inputs()
     valid = jnp.asarray(np.random.default_rng(2).random((1, T)) > 0.5)
-    active = make().active(jnp.where(valid[..., None, None], q, 0), k, valid, valid, None)
+    active = make().active(jnp.where(valid[..., None, None], q, 50 * q), k, valid, valid, None)  # by their scores, invalid ones would be the first
     assert np.asarray(valid)[0, active].all()
 
 

@@ -121,8 +121,9 @@ def test_flops_follow_the_features_and_the_heads(name, R):
 
 def test_bf16_features_are_not_rounded_again():
     x = jnp.linspace(-3, 3, 4 * 2 * H).reshape(1, 4, 2, H).astype(jnp.bfloat16)
-    for phi in (FEATURE_MAPS["dpfp"](x, nu=2), FEATURE_MAPS["cosformer"](x, M=4)):
-        assert phi.dtype == jnp.float32
+    for features in (lambda x: FEATURE_MAPS["dpfp"](x, nu=2), lambda x: FEATURE_MAPS["cosformer"](x, M=4)):
+        assert features(x).dtype == jnp.float32
+        np.testing.assert_array_equal(features(x), features(x.astype(jnp.float32)))
 
 
 def test_nu_belongs_to_dpfp():

@@ -107,9 +107,11 @@ def test_the_place_learns_through_the_gaussian_alone():
 
 @pytest.mark.parametrize("spec", ["luong_local(window=5)", "luong_local(window=5, align='monotonic')"])
 def test_the_cost_is_that_of_the_window(spec):
-    """Doubling the keys adds no work: with as many queries, useful FLOPs and computed arrays stay; doubling the window doubles the gathered keys."""
+    """Doubling the keys adds no work: with as many queries, useful FLOPs and computed arrays stay; ten more keys a query add their products."""
     attention = make(spec, max_len=4096)
     assert attention.flops(1, 64, 2048) == attention.flops(1, 64, 4096)
+    twice = make(spec.replace("window=5", "window=10"), max_len=4096)
+    assert twice.flops(1, 2048, 4096) - attention.flops(1, 2048, 4096) == pytest.approx(4 * N * H * 2048 * 10, rel=0.02)
     assert attention.plan(64, 4096)["backend"] == ON_CPU
     attention = make(spec, max_len=4096, backend="xla")  # which counts the work of what it compiles
     if attention.options.align == "predictive":

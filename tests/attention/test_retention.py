@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import ON_CPU
 
 from attn_zoo import Unsupported, UserError, make_attention
 from attn_zoo.attention.retention import EPSILON
@@ -12,11 +13,11 @@ from attn_zoo.ops import decayed
 T, N, H = 37, 2, 8
 
 
-def make(first=2.0, causal=True, N=N, K=None):
-    return make_attention(f"retention(first={first})", num_heads=N, num_kv_heads=K, head_dim=H, max_len=T, causal=causal)
+def make(first=2.0, causal=True, N=N, K=None, T=T, backend="auto"):
+    return make_attention(f"retention(first={first})", num_heads=N, num_kv_heads=K, head_dim=H, max_len=T, causal=causal, backend=backend)
 
 
-def inputs(N=N, K=N, seed=0):
+def inputs(N=N, K=N, T=T, seed=0):
     rng = np.random.default_rng(seed)
     return [jnp.asarray(rng.normal(size=(2, T, heads, H)), jnp.float32) for heads in (N, K, K)]
 
@@ -36,15 +37,18 @@ def recurrence(q, k, v, gamma):
     return o[..., :-1], o[..., -1:]
 
 
-def test_causal_is_the_recurrence(monkeypatch):
+@pytest.mark.parametrize("backend", ["xla", ON_CPU] if ON_CPU != "xla" else ["xla"])
+def test_causal_is_the_recurrence(backend, monkeypatch):
+    """Across chunks, which the native kernels have of 64."""
     monkeypatch.setattr(decayed, "CHUNK", 16)
-    q, k, v = inputs()
+    T = 150
+    q, k, v = inputs(T=T)
     gamma = 1 - 2.0 ** -(2.0 + np.arange(N))
     o, scores = recurrence(q, k, v, gamma)
     geometric = np.cumsum(gamma ** np.arange(T)[:, None], axis=0)  # sum_{j <= t} gamma^(t - j), [T, N]
     scale = 1 / np.sqrt(H * geometric)[..., None]
     o, scores = o * scale, scores * scale
-    np.testing.assert_allclose(jax.jit(make())(q, k, v), normalized(o / np.maximum(abs(scores), 1)), atol=1e-5)
+    np.testing.assert_allclose(jax.jit(make(T=T, backend=backend))(q, k, v), normalized(o / np.maximum(abs(scores), 1)), atol=1e-5)
 
 
 def test_heads_forget_at_the_rates_of_the_paper():

@@ -117,10 +117,20 @@ def test_a_body_reads_the_settings_that_are_said_to_have_a_meaning_and_no_others
     assert read - {"body"} == set(config.SETTINGS[body])
 
 
+# Of settings that change what a Transformer with an encoder computes, other values than the default; `pool` does so where one classifies.
+OTHER = dict(
+    D=16, layers=1, N=4, K=1, H=8, F=8, norm="rmsnorm", norm_position="post", ffn="swiglu", positions="rotary", dropout=0.5, tie_embeddings=False, share_embeddings=True,
+    encoder_layers=1, where=("cross",), cross="linear", dtype="bfloat16", remat=True,
+)  # fmt: skip
+
+
 def test_a_transformer_reads_all_settings_but_the_recurrent_cell():
-    assert set(config.SETTINGS["transformer"]) == {field.name for field in dataclasses.fields(config.Model)} - {"body", "cell"}
+    assert set(config.SETTINGS["transformer"]) == {*OTHER, "pool"} == {field.name for field in dataclasses.fields(config.Model)} - {"body", "cell"}
     hlo = lambda **changes: str(jax.make_jaxpr(lambda: output(dataclasses.replace(SHARED, **changes)))())
     assert hlo(cell="lstm") == hlo()
+    for name, value in OTHER.items():
+        here = dict(cross="linear") if name == "where" else {}  # as the variant is full, it shows in the place of another
+        assert hlo(**here | {name: value}) != hlo(**here), f"{name}={value!r} changes nothing"
 
 
 def output(model: config.Model):

@@ -74,6 +74,14 @@ def test_causal_targets_are_the_inputs_moved_by_one(make_task, split_text):
             assert bytes([inputs[0], *targets]) in train
 
 
+@pytest.mark.parametrize("objective", ["causal", "masked"])
+def test_training_reads_its_split_alone(make_task, split_text, objective):
+    train, task = split_text("train"), make_task(f"bytes(objective={objective!r})", 48)
+    assert task.train_bytes.tobytes() == train
+    windows = [row.astype(np.uint8).tobytes() for batch in itertools.islice(task.train_iterator(8, seed=0), 10) for row in batch["targets"]]
+    assert all(window in train for window in windows) and len(set(windows)) > 70
+
+
 def test_training_windows_fall_anywhere_and_cover_the_split(make_task, split_text):
     train, T = split_text("train"), 128
     task = make_task("bytes", T)

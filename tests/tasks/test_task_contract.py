@@ -75,6 +75,9 @@ def check_batch(task, batch, B):
         assert name not in batch or (np.sort(batch[name], axis=1)[:, ::-1] == batch[name]).all(), "padding stands at the end"
 
 
+PROBED = ("copy", "reverse", "sort", "dates")  # also evaluated on longer sequences than those trained on, or length by length
+
+
 def seen(batch):
     """All that a model sees of each row, side by side."""
     return np.concatenate([batch[name].reshape(len(batch[name]), -1) for name in ("source", "inputs") if name in batch], axis=1)
@@ -166,12 +169,15 @@ def test_splits_have_different_examples(task):
 
 
 def test_training_has_none_of_the_evaluated_examples(task):
+    if task.name == "bytes":
+        pytest.skip("its windows stand anywhere in a split, with other bytes hidden each time: see test_task_bytes.py")
     evaluated = {seen(b).tobytes() for split in ("validation", *task.probes) for b in task.eval_batches(1, tokens=10**9, split=split)}
     trained = {row.tobytes() for batch in itertools.islice(task.train_iterator(8, seed=0), 20) for row in seen(batch)}
     assert not evaluated & trained
 
 
 def test_probes_are_evaluated_as_validation_is(task):
+    assert bool(task.probes) == (task.name in PROBED)
     for probe in task.probes:
         batches = task.eval_batches(3, tokens=10**9, split=probe)
         rows = np.concatenate([seen(batch)[batch["valid"].any(axis=1)] for batch in batches])
