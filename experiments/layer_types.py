@@ -23,19 +23,21 @@ import itertools
 import json
 import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
 from absl import app, flags
+from bench.candidates import Jax
+from bench.rounds import MODES, measure
 from flax import nnx
 from tabulate import tabulate
 
 from attn_zoo import UserError, make_attention, provenance
 from attn_zoo.dependence import longest_chain, positions_reached
-from attn_zoo.measure import compile_timed, matmul_flops_per_s
+from attn_zoo.measure import matmul_flops_per_s
+from attn_zoo.memory import keep_freed_memory
 from attn_zoo.models.convolutional_stack import DilatedLayer
 from attn_zoo.models.multi_head import MultiHeadAttention
 from attn_zoo.models.recurrent import Cell
@@ -54,14 +56,12 @@ INTEGERS = [
         ("H", 64, "Head dim, which divides every width."),
         ("window", 64, "Of restricted self-attention: keys before the query's own."),
         ("kernel", 3, "Taps of a convolution."),
-        ("rounds", 7, "Timed calls of each layer, interleaved."),
+        ("rounds", 7, "Timed samples of each layer, interleaved."),
     )
 ]
 B, FIXED_D, FIXED_T, H, WINDOW, KERNEL, ROUNDS = INTEGERS
 OUT = flags.DEFINE_string("out", "results/layer_types", "Folder for records.json and table.md.")
 REPORT_ONLY = flags.DEFINE_bool("report_only", False, "Write table.md again from records.json.")
-
-MODES = ("forward", "forward_backward")
 
 
 class AttentionAlone(nnx.Module):
@@ -132,40 +132,16 @@ LAYERS = (
 
 
 def time_layers(T: int, D: int) -> list[dict]:
-    """Records of the times of all layers in both modes at one size."""
-    x, do = (jax.random.normal(jax.random.key(seed), (B.value, T, D)) for seed in (0, 1))
+    """Records of the times of all layers in both modes at one size; gradients go to input and parameters."""
+    x = jax.random.normal(jax.random.key(0), (B.value, T, D))
     # As far apart as the taps of a dilated layer come at this length.
     widest = max(d for d in (2**n for n in range(T.bit_length())) if d == 1 or d * (KERNEL.value - 1) < T)
-    records, calls = [], []
+    rows = []
     for layer in LAYERS:
         graph, state = nnx.split(layer.build(D, T, widest if layer.dilates else 1))
-
-        def forward(state, x, graph=graph):
-            return nnx.merge(graph, state)(x)
-
-        def both(state, x, do, forward=forward):
-            o, pull = jax.vjp(forward, state, x)
-            return o, pull(do)
-
-        for mode, call, args in (("forward", forward, (state, x)), ("forward_backward", both, (state, x, do))):
-            record = {"kind": "time", "name": layer.name, "mode": mode, "T": T, "D": D, "status": "ok"}
-            records.append(record)
-            try:
-                compiled, record["compile"] = compile_timed(jax.jit(call), *args)
-                jax.block_until_ready(compiled(*args))
-            except Exception as e:  # a row with the reason, whatever it is
-                record |= {"status": "failed", "message": f"{type(e).__name__}: {str(e).splitlines()[0]}"}
-                continue
-            calls.append((record, compiled, args, []))
-    for _ in range(ROUNDS.value):
-        for _, compiled, args, seconds in calls:
-            start = time.perf_counter()
-            jax.block_until_ready(compiled(*args))
-            seconds.append(time.perf_counter() - start)
-    for record, _, _, seconds in calls:
-        p20, median, p80 = np.percentile(seconds, (20, 50, 80)).tolist()
-        record["speed"] = {"median_s": median, "p20_s": p20, "p80_s": p80, "n": len(seconds)}
-    return records
+        call = functools.partial(lambda graph, state, x: nnx.merge(graph, state)(x), graph)
+        rows.append(Jax(layer.name, call, (state, x), spec=layer.name, causal=True))
+    return [{"kind": "time", "name": row.name, "mode": mode, "T": T, "D": D} | outcome for row, mode, outcome in measure(rows, ROUNDS.value, jobs=1)]
 
 
 def count_operations(layer: Layer, T: int) -> tuple[int, int]:
@@ -246,6 +222,7 @@ def table(content: dict) -> str:
     changes = " with local changes" if p["git_dirty"] else ""
     lines += ["", f"{p['device_kind']} ({p['cpu']}), jax {p['jax']}, attn_zoo {str(p['git_commit'])[:10]}{changes}, {p['date'][:10]}."]
     lines[-1] += f" Matrix product {rate} GFLOP/s. Medians of {s['rounds']} interleaved rounds."
+    lines[-1] += " Freed memory was kept for the next call." if p.get("memory_kept") else ""
     return "\n".join(lines) + "\n"
 
 
@@ -279,6 +256,7 @@ def run(out: Path) -> None:
         for D in sorted({D for _, D in sizes}):
             check(D % H.value == 0, "D", D, f"must be a multiple of the head dim --H={H.value}")
         lengths(PATH_LENS)
+        keep_freed_memory()  # before JAX has threads
         rates, records = [matmul_flops_per_s("float32")], []
         for T, D in sorted(sizes):
             records += time_layers(T, D)
