@@ -18,9 +18,10 @@ import math
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch's process needs memory of the same GPU
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75")  # of a GPU's, which PyTorch needs some of too
 
 import jax
 from absl import app, flags
@@ -44,8 +45,9 @@ CAUSAL = flags.DEFINE_bool("causal", True, "Causal where a variant can be.")
 TOKENS = flags.DEFINE_integer("tokens", None, "Tokens of a batch, in place of --B: a batch of tokens / T.", lower_bound=1)
 ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed samples of each candidate, interleaved.", lower_bound=1)
 JOBS = flags.DEFINE_integer("jobs", 1, "Candidates compiled side by side; with more than one, compile times are not those of one alone.", lower_bound=1)
-MINUTES = flags.DEFINE_float("minutes", None, "Compile nothing further after so many: a row says so, and no further length is begun. The same command goes on with the lengths that are not complete.", lower_bound=0)
+MINUTES = flags.DEFINE_float("minutes", None, "Compile nothing further after so many, of which each length gets half of what is left, and the last all: a row says so. The same command goes on with the lengths that are not complete.", lower_bound=0)
 PEERS = flags.DEFINE_enum("peers", "jax", ["none", "jax", "all"], "Whose attention to set beside it: JAX's (and tokamax, where installed), or that and PyTorch's and its packages.")
+PEER_PROCESSES = flags.DEFINE_integer("peer_processes", 1, "Processes of PyTorch among which its rows are divided: with --jobs they compile side by side; one at a time is timed.", lower_bound=1)
 PEERS_PYTHON = flags.DEFINE_string("peers_python", sys.executable, "The Python that has PyTorch, the packages and attn_zoo.")
 BACKENDS = flags.DEFINE_list("backends", ["auto"], "attention.backend of the variants, a row each: auto, xla, pallas, cudnn, ...")
 KEEP_MEMORY = flags.DEFINE_bool("keep_memory", True, "On a CPU, keep the memory that a call frees for the next one, on either side; else as the C library does by default.")
@@ -55,9 +57,10 @@ REPORT_ONLY = flags.DEFINE_bool("report_only", False, "Write tables and figures 
 # Of the packages of others and of the variants beside them: their defaults, or what their papers use.
 SIZES = {"window": 256, "block": 64, "features": 256, "rank": 256, "landmarks": 64}
 REFERENCE = "jax.nn (xla)"
+COUNTED = 4096  # positions at most, among which pairs are counted to find out whether a variant is a single pattern
 
 
-def rows_of(problem: Problem, specs: list[str], torch: TorchProcess | None) -> list:
+def rows_of(problem: Problem, specs: list[str], torch: list[TorchProcess]) -> list:
     """All candidates of one length; where two of the same name were asked for, one."""
     qkv = candidates.heads(problem)
     found = {}
@@ -68,7 +71,8 @@ def rows_of(problem: Problem, specs: list[str], torch: TorchProcess | None) -> l
             both = ", bidirectional" if causal != CAUSAL.value and spec == "full" else ""
             add(candidates.variant, problem, spec + both + mark, spec, causal, qkv, backend)
     peers = candidates.jax_peers(problem, SIZES["window"], qkv) if PEERS.value != "none" else []
-    peers += torch.candidates(problem) if torch else []
+    theirs = [process.candidates(problem) for process in torch]
+    peers += [rows[n % len(torch)] for n, rows in enumerate(zip(*theirs))]  # dealt out: every process knows all
     return [*peers, *found.values(), *candidates.counterparts(peers, list(found.values()), problem, qkv)]
 
 
@@ -107,38 +111,50 @@ def run(out: Path) -> None:
         lengths = [int(T) if T.isdigit() else T for T in SEQ_LENS.value]
         for T in lengths:
             check_int("--seq_lens", T, 2)
-        problem = lambda T: Problem(max(1, TOKENS.value // T) if TOKENS.value else BATCH.value, T, HEADS.value, HEAD_DIM.value, DTYPE.value)
+        shortest, untrusted = min(lengths), jax.default_backend() != "cpu"  # where there are no tests, the shortest length is one
+        problem = lambda T: Problem(
+            max(1, TOKENS.value // T) if TOKENS.value else BATCH.value, T, HEADS.value, HEAD_DIM.value, DTYPE.value, checked=untrusted and T == shortest
+        )
         settings = {f.name: f.value for f in (BATCH, HEADS, HEAD_DIM, DTYPE, CAUSAL, ROUNDS, TOKENS, JOBS)} | {"memory_kept": kept}
-        until = time.monotonic() + 60 * (math.inf if MINUTES.value is None else MINUTES.value)
-        torch = None
+        torch = []
         if PEERS.value == "all":
-            torch = TorchProcess(PEERS_PYTHON.value, settings | SIZES | {"patterns": patterns(specs, problem(max(lengths))), "platform": jax.default_backend()})
-        origin = provenance.collect() | ({"torch": torch.about} if torch else {})
-        for T in lengths:
-            if time.monotonic() > until:
+            asked = settings | SIZES | {"patterns": patterns(specs, problem(min(max(lengths), COUNTED))), "platform": jax.default_backend()}
+            threads = {"TORCHINDUCTOR_COMPILE_THREADS": str(max(1, (os.cpu_count() or 1) // PEER_PROCESSES.value))} if PEER_PROCESSES.value > 1 else {}
+            with ThreadPoolExecutor(PEER_PROCESSES.value) as pool:  # they take seconds to import what they need
+                torch = list(pool.map(lambda _: TorchProcess(PEERS_PYTHON.value, asked, threads), range(PEER_PROCESSES.value)))
+        origin = provenance.collect() | ({"torch": torch[0].about} if torch else {})
+        until = time.monotonic() + 60 * (math.inf if MINUTES.value is None else MINUTES.value)
+        for left, T in zip(range(len(lengths), 0, -1), lengths):
+            now = time.monotonic()
+            if now > until:
                 print(f"T = {T} and more not begun: --minutes={MINUTES.value:g} are over; the same command goes on", file=sys.stderr)
                 break
-            measure_length(out, problem(T), specs, torch, until, {"settings": settings, "provenance": origin})
+            measure_length(out, problem(T), specs, torch, now + (until - now) / min(left, 2), {"settings": settings, "provenance": origin})
             print(f"T = {T} done", file=sys.stderr, flush=True)
-        if torch:
-            torch.close()
+        for process in torch:
+            process.close()
     records = sorted(load_records(out), key=lambda r: (r["order"], r["cell"]["seq_len"]))
     check(bool(records), "--out", str(out), "has no records yet; run without --report_only")
     report.write(records, out, REFERENCE)
     print((out / "table.md").read_text())
 
 
-def measure_length(out: Path, problem: Problem, specs: list[str], torch: TorchProcess | None, until: float, common: dict) -> None:
-    """Records of all candidates and modes at one length, unless they are there from the same commit and machine."""
+def measure_length(out: Path, problem: Problem, specs: list[str], torch: list[TorchProcess], until: float, common: dict) -> None:
+    """Records of all candidates and modes at one length, unless they are there from the same commit and machine. Raises UserError if JAX runs nothing any more."""
     rows = rows_of(problem, specs, torch)
     ids = {(row.name, mode): hashlib.sha256(json.dumps(cell_of(row, problem, mode), sort_keys=True).encode()).hexdigest()[:12] for row in rows for mode in MODES}
     if done(out, set(ids.values()), common):
         return
     rates = {"matmul_flops_per_s": matmul_flops_per_s(problem.dtype), "copy_bytes_per_s": copy_bytes_per_s()}
+    lost = None
     for order, (row, mode, outcome) in enumerate(measure(rows, ROUNDS.value, JOBS.value, until)):
+        if outcome["status"] == "error" and row.framework == "jax":
+            lost = lost or f"T = {problem.T}, {row.name}, {mode}: {outcome['message']}; the same command goes on"
         flops = problem.attention(row.spec, row.causal).flops(problem.B, problem.T, problem.T) * (1 if mode == "forward" else 3)
         work = {"order": order, "framework": row.framework, "flops": flops, "bytes": problem.bytes(mode), "plan": row.plan}
         write_record(out, {"id": ids[row.name, mode], "status": outcome.pop("status"), "message": outcome.pop("message", ""), "cell": cell_of(row, problem, mode)} | work | outcome | rates | common)
+    if lost:
+        raise UserError(lost)
 
 
 def done(out: Path, ids: set[str], common: dict) -> bool:
@@ -147,7 +163,7 @@ def done(out: Path, ids: set[str], common: dict) -> bool:
         return False
     found = {r["id"]: r for r in load_records(out)}
     same = lambda r: r["settings"] == common["settings"] and all(r["provenance"].get(key) == common["provenance"][key] for key in ("git_commit", "git_dirty", "cpu", "device_kind"))
-    return ids <= found.keys() and all(same(found[id]) and found[id]["status"] != "timeout" for id in ids)
+    return ids <= found.keys() and all(same(found[id]) and found[id]["status"] not in ("timeout", "error") for id in ids)
 
 
 if __name__ == "__main__":

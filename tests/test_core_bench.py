@@ -23,7 +23,8 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
 LENGTHS = (32, 64, 128)
 sys.path.insert(0, str(ROOT / "experiments"))
-from bench.candidates import CannotRun, Problem, counterparts, heads, variant
+from bench import candidates
+from bench.candidates import CannotRun, Jax, Lost, Problem, TorchProcess, counterparts, farthest, heads, variant
 from bench.report import faster_from
 from bench.rounds import MODES, measure
 from bench.single_pattern import single_pattern
@@ -125,8 +126,8 @@ class Row:
 
     framework = "jax"
 
-    def __init__(self, last):
-        self.calls, self.last = 0, last
+    def __init__(self, last, process=None, tunes=False):
+        self.calls, self.last, self.process, self.tunes = 0, last, process, tunes
 
     def prepare(self, mode):
         return {"temp_bytes": 1}
@@ -161,6 +162,84 @@ def test_what_the_time_does_not_suffice_for_is_left_out():
     assert outcomes[rows[0], "forward"]["speed"]["n"] == 2 and rows[1].calls == 0 and "time was over" in outcomes[rows[1], "forward"]["message"]
 
 
+def test_processes_prepare_beside_each_other_and_what_tunes_itself_alone():
+    class Watched(Row):
+        def prepare(self, mode):
+            under_way.append(self)
+            together.append(list(under_way))
+            time.sleep(0.02)
+            under_way.remove(self)
+            return super().prepare(mode)
+
+    under_way, together = [], []
+    tunes = Watched(100, "first", tunes=True)
+    rows = [tunes, *(Watched(100, process) for process in (None, None, "first", "second"))]
+    outcomes = {(row, mode): outcome for row, mode, outcome in measure(rows, rounds=1, jobs=2)}
+    assert list(outcomes) == [(row, mode) for row in rows for mode in MODES] and {o["status"] for o in outcomes.values()} == {"ok"}
+    assert together[-2:] == [[tunes]] * 2 and max(map(len, together)) == 4
+    assert all(len({row.process for row in rows if row.process}) == len([row for row in rows if row.process]) for rows in together), "one at a time in each process"
+
+
+def test_what_is_lost_is_an_error_to_be_measured_again():
+    class Gone(Row):
+        def prepare(self, mode):
+            raise Lost("the process ended")
+
+    assert {outcome["status"] for *_, outcome in measure([Gone(1)], rounds=1, jobs=1)} == {"error"}
+
+
+def test_a_row_whose_device_is_gone_is_lost(monkeypatch):
+    def fail(*args):
+        raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS")
+
+    row = Jax("row", lambda x: jax.pure_callback(fail, x, x), (jnp.ones(2),), spec="full", causal=True)
+    with pytest.raises(CannotRun, match="CpuCallback error") as alone:
+        row.prepare("forward")
+    monkeypatch.setattr(candidates.jnp, "zeros", fail)
+    with pytest.raises(Lost, match="nothing runs any more on the device"):
+        row.prepare("forward")
+    assert not isinstance(alone.value, Lost)
+
+
+def test_a_process_that_ends_loses_its_rows_and_the_next_length_has_another(tmp_path):
+    """It says what was last said of it."""
+    python = tmp_path / "python"
+    python.write_text(f"""#!{sys.executable}
+import json, sys
+for line in sys.stdin:
+    asked = json.loads(line)["do"]
+    if asked == "prepare":
+        sys.exit("an illegal memory access")
+    print(json.dumps([dict(name="sdpa", spec="full", causal=True, layer=False, tunes=False, reason=None)] if asked == "list" else dict()), flush=True)
+""")
+    python.chmod(0o755)
+    process = TorchProcess(str(python), {})
+    for T in (64, 128):
+        [row] = process.candidates(Problem(1, T, N, H, "float32"))
+        for mode in MODES:
+            with pytest.raises(Lost, match="ended with status 1: an illegal memory access"):
+                row.prepare(mode)
+    process.close()
+
+
+@pytest.mark.parametrize("factor, said", [(1.0, None), (1.2, "wrong: it differs from what XLA's engine gives by 0.2 of the largest value"), (float("nan"), "wrong: .* by nan")])
+def test_what_a_row_gives_is_held_to_the_xla_engine(factor, said):
+    problem = Problem(1, 64, N, H, "float32", checked=True)
+    row = variant(problem, "local", "local(window=8)", True, heads(problem))
+    right = row._function
+    row._function = lambda *args: factor * right(*args)
+    for mode in MODES:
+        if said is None:
+            assert 0 <= row.prepare(mode)["error"] < 1e-5
+        else:
+            with pytest.raises(CannotRun, match=said):
+                row.prepare(mode)
+
+
+def test_the_farthest_of_all_results_counts():
+    assert farthest((jnp.array([1.0, 4.0]), jnp.array([10.0])), (jnp.array([1.0, 4.0]), jnp.array([8.0]))) == 0.25
+
+
 def test_each_peer_has_its_counterpart_once():
     """A layer beside a layer, with the same projections, and attention alone beside attention alone, though the spec be one."""
     problem = Problem(1, 64, N, H, "float32")
@@ -180,7 +259,8 @@ def test_parameters_are_arguments_without_gradients():
     problem = Problem(1, 64, N, H, "float32")
     qkv = heads(problem)
     row = variant(problem, "linformer", "linformer(rank=16)", False, qkv)
-    jaxpr = jax.make_jaxpr(row._both)(qkv, row._given, qkv[0])
+    both, args = row._call(row._function, "forward_backward")
+    jaxpr = jax.make_jaxpr(both)(*args)
     assert max((np.size(x) for x in jaxpr.consts), default=0) < 16 * 64 and {np.size(x) for x in jax.tree.leaves(row._given)} == {16 * 64}
     assert [x.shape for x in jaxpr.out_avals] == 4 * [(1, 64, N, H)]  # o, dq, dk, dv
 

@@ -3,11 +3,14 @@
 A candidate's `prepare(mode)` compiles and calls it once and says how long that took; its `seconds(mode, calls)` is the time of one call, the mean of so many.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib
 import json
+import os
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -25,10 +28,15 @@ from attn_zoo.models.multi_head import MultiHeadAttention
 from attn_zoo.spec import UserError
 
 FIRST_CALL = threading.Lock()  # rows are compiled side by side, and called alone: memory for one may be all there is
+MOST_ERROR = 0.05  # of the largest value: several times what bfloat16 rounds, in results and gradients
 
 
 class CannotRun(Exception):
     """The reason why there is no time for a row."""
+
+
+class Lost(CannotRun):
+    """It is that the device, or the process that a row lives in, no longer answers, which may be another row's fault."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +48,7 @@ class Problem:
     N: int
     H: int
     dtype: str
+    checked: bool = False  # whether results of variants are held to those of XLA's engine before they are timed
 
     def attention(self, spec: str, causal: bool, backend: str = "auto"):
         """The variant at these sizes."""
@@ -51,33 +60,35 @@ class Problem:
 
 
 class Jax:
-    """A function of arrays, compiled by XLA; of the last of them, `given`, no gradients are taken."""
+    """A function of arrays, compiled by XLA; of the last of them, `given`, no gradients are taken. What it gives is held to `trusted`, where there is one."""
 
-    framework = "jax"
+    framework, process, tunes = "jax", None, False
 
     def __init__(
-        self, name: str, function: Callable, args: tuple, *, spec: str, causal: bool, layer: bool | str = False, peer: bool = False, plan: dict | None = None, given: tuple = ()
-    ):
+        self, name: str, function: Callable, args: tuple, *, spec: str, causal: bool, layer: bool | str = False, peer: bool = False, plan: dict | None = None, given: tuple = (),
+        trusted: Callable | None = None,
+    ):  # fmt: skip
+        self._trusted = trusted
         self.name, self.spec, self.causal, self.layer, self.peer, self.plan = name, spec, causal, layer, peer, plan or {}
         self._function, self._args, self._given, self._compiled = function, args, given, {}
 
     def prepare(self, mode: str) -> dict[str, Any]:
-        """{'compile': seconds of lowering and compiling, 'temp_bytes'}. Raises CannotRun."""
+        """{'compile': seconds of lowering and compiling, 'temp_bytes', and 'error' if it is checked}. Raises CannotRun."""
         try:
-            args = *self._args, *self._given
-            call = self._function
-            if mode != "forward":
-                call, o = self._both, jax.eval_shape(call, *args)
-                args = self._args, self._given, cotangent(o.shape, o.dtype)
+            call, args = self._call(self._function, mode)
             compiled, seconds = compile_timed(jax.jit(call), *args)
+            trusted = self._trusted and jax.jit(self._call(self._trusted, mode)[0]).lower(*args).compile()
             with FIRST_CALL:
-                jax.block_until_ready(compiled(*args))
+                found = jax.block_until_ready(compiled(*args))
+                checked = {"error": farthest(found, trusted(*args))} if trusted else {}
         except CannotRun:
             raise
         except Exception as e:  # a row with the reason, whatever it is
-            raise CannotRun(said(e)) from None
+            raise failed(e) from None
+        if checked and not checked["error"] <= MOST_ERROR:
+            raise CannotRun(f"wrong: it differs from what XLA's engine gives by {checked['error']:.2g} of the largest value")
         self._compiled[mode] = compiled, args
-        return {"compile": seconds, "temp_bytes": compiled.memory_analysis().temp_size_in_bytes}
+        return {"compile": seconds, "temp_bytes": compiled.memory_analysis().temp_size_in_bytes} | checked
 
     def seconds(self, mode: str, calls: int) -> float:
         """Of one call. Raises CannotRun."""
@@ -88,12 +99,37 @@ class Jax:
                 o = compiled(*args)
             jax.block_until_ready(o)
         except Exception as e:
-            raise CannotRun(said(e)) from None
+            raise failed(e) from None
         return (time.perf_counter() - start) / calls
 
-    def _both(self, args, given, do):
-        o, pull = jax.vjp(lambda *args: self._function(*args, *given), *args)
-        return o, pull(do)
+    def _call(self, function: Callable, mode: str) -> tuple[Callable, tuple]:
+        """What is compiled of a function, and its arguments."""
+        args = *self._args, *self._given
+        if mode == "forward":
+            return function, args
+
+        def both(args, given, do):
+            o, pull = jax.vjp(lambda *args: function(*args, *given), *args)
+            return o, pull(do)
+
+        o = jax.eval_shape(function, *args)
+        return both, (self._args, self._given, cotangent(o.shape, o.dtype))
+
+
+def farthest(found: Any, expected: Any) -> float:
+    """The largest difference of two results, array by array as a share of the largest value expected."""
+    wide = lambda x: x.astype(jnp.float32)
+    differ = lambda a, b: jnp.abs(wide(a) - wide(b)).max() / jnp.maximum(jnp.abs(wide(b)).max(), 1e-6)
+    return float(jnp.stack(jax.tree.leaves(jax.tree.map(differ, found, expected))).max())
+
+
+def failed(e: Exception) -> CannotRun:
+    """Why a call of JAX gave nothing: by itself, or since nothing runs any more, as after an illegal access to a GPU's memory."""
+    try:
+        jax.block_until_ready(jnp.zeros(()) + 1)
+    except Exception:
+        return Lost(f"nothing runs any more on the device: {said(e)}")
+    return CannotRun(said(e))
 
 
 @functools.lru_cache(maxsize=2)  # one for all rows of a length, and one for those that are layers: at T = 65,536 each is as large as the queries
@@ -116,12 +152,14 @@ def heads(problem: Problem) -> tuple:
 def variant(problem: Problem, name: str, spec: str, causal: bool, qkv: tuple, backend: str = "auto") -> Jax:
     """A variant of the zoo between its projections. Its parameters are arguments, as a model's are: what follows from them alone is not computed when it is compiled."""
     attention = problem.attention(spec, causal, backend)
-    graph, state = nnx.split(attention)
+    state = nnx.state(attention)
     try:
         plan = attention.plan(problem.T, problem.T)
     except UserError:  # a backend that cannot serve it: the call says so too, and that becomes the reason of its row
         plan = None
-    return Jax(name, lambda q, k, v, state: nnx.merge(graph, state)(q, k, v), qkv, spec=spec, causal=causal, plan=plan, given=(state,))
+    trusted = problem.attention(spec, causal, "xla") if problem.checked else None
+    call = lambda layer: lambda q, k, v, state: nnx.merge(nnx.split(layer)[0], state)(q, k, v)
+    return Jax(name, call(attention), qkv, spec=spec, causal=causal, plan=plan, given=(state,), trusted=trusted and call(trusted))
 
 
 def layer(problem: Problem, name: str, spec: str, causal: bool, projections: bool | str) -> Jax:
@@ -188,7 +226,8 @@ def _partial(function, **options):
 
 
 def _tokamax(q, k, v, *, is_causal):
-    return importlib.import_module("tokamax").dot_product_attention(q, k, v, is_causal=is_causal)
+    kernels = {"implementation": ("mosaic", "triton")} if jax.default_backend() == "gpu" else {}  # or it would run XLA, and not say so
+    return importlib.import_module("tokamax").dot_product_attention(q, k, v, is_causal=is_causal, **kernels)
 
 
 def _pallas_mha(q, k, v, *, causal):
@@ -197,21 +236,29 @@ def _pallas_mha(q, k, v, *, causal):
     return importlib.import_module("jax.experimental.pallas.ops.gpu.attention").mha(q, k, v, None, sm_scale=q.shape[-1] ** -0.5, causal=causal)
 
 
-class TorchProcess:
-    """The process of torch_worker.py, run by `python`, which need not be this one."""
+class Ended(UserError):
+    """The process of the PyTorch peers is no more."""
 
-    def __init__(self, python: str, settings: dict[str, Any]):
-        self.reason = None
-        script = Path(__file__).with_name("torch_worker.py")
+
+class TorchProcess:
+    """The process of torch_worker.py, run by `python`, which need not be this one; if it ends of itself, the next length has a new one."""
+
+    def __init__(self, python: str, settings: dict[str, Any], environment: dict[str, str] | None = None):
+        self._python, self._settings, self._environment = python, settings, os.environ | (environment or {})
+        self._start()
+
+    def _start(self) -> None:
+        script, self._errors = Path(__file__).with_name("torch_worker.py"), tempfile.TemporaryFile("w+", errors="replace")
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True)
         try:
-            self._process = subprocess.Popen([python, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            self._process = subprocess.Popen([self._python, str(script)], env=self._environment, **pipes)
         except OSError as e:
-            raise UserError(f"--peers_python={python}: {e.strerror}; it must be a Python that has torch and attn_zoo, as .venv-peers/bin/python") from None
-        self.peers = self.ask("list", **settings)
+            raise UserError(f"--peers_python={self._python}: {e.strerror}; it must be a Python that has torch and attn_zoo, as .venv-peers/bin/python") from None
+        self.peers = self.ask("list", **self._settings)
         self.about = self.ask("about")
 
     def ask(self, do: str, **arguments) -> Any:
-        """The answer. Raises UserError if the process has ended."""
+        """The answer. Raises Ended, with the last that it said."""
         try:
             self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
             self._process.stdin.flush()
@@ -219,17 +266,25 @@ class TorchProcess:
         except BrokenPipeError:
             answer = ""
         if not answer:
-            raise UserError(f"the process of the PyTorch peers ended with status {self._process.wait()}; see what `{' '.join(self._process.args)}` says, or give --peers=none")
+            status = self._process.wait()
+            self._errors.seek(0)
+            last = (self._errors.read().strip().splitlines() or ["it said nothing"])[-1]
+            raise Ended(f"the process of the PyTorch peers ended with status {status}: {last[:300]} (--peers=none does without)")
         return json.loads(answer)
 
     def candidates(self, problem: Problem) -> list["Torch"]:
         """All of its peers at one length."""
-        self.ask("open", B=problem.B, T=problem.T)
+        try:
+            self.ask("open", B=problem.B, T=problem.T)
+        except Ended:
+            self._start()
+            self.ask("open", B=problem.B, T=problem.T)
         return [Torch(self, **peer) for peer in self.peers]
 
     def close(self) -> None:
         """Ends the process."""
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it has ended, with what it was asked last unread
+            self._process.stdin.close()
         self._process.wait()
 
 
@@ -238,21 +293,25 @@ class Torch:
 
     framework, peer, plan = "torch", True, {}
 
-    def __init__(self, process: TorchProcess, name: str, spec: str, causal: bool, layer: bool | str, reason: str | None):
-        self.name, self.spec, self.causal, self.layer, self._reason, self._process = name, plain(spec), causal, layer, reason, process
+    def __init__(self, process: TorchProcess, name: str, spec: str, causal: bool, layer: bool | str, tunes: bool, reason: str | None):
+        self.name, self.spec, self.causal, self.layer, self.tunes, self._reason, self.process = name, plain(spec), causal, layer, tunes, reason, process
 
     def prepare(self, mode: str) -> dict[str, Any]:
         """{'compile': seconds of building it and calling it once}. Raises CannotRun."""
         if self._reason:
             raise CannotRun(self._reason)
-        answer = self._process.ask("prepare", name=self.name, mode=mode)
-        if "reason" in answer:
-            raise CannotRun(answer["reason"])
+        answer = self._ask("prepare", name=self.name, mode=mode)
         return {"compile": {"first_call_s": answer["seconds"]}}
 
     def seconds(self, mode: str, calls: int) -> float:
         """Of one call. Raises CannotRun."""
-        answer = self._process.ask("time", name=self.name, mode=mode, calls=calls)
+        return self._ask("time", name=self.name, mode=mode, calls=calls)["seconds"]
+
+    def _ask(self, do: str, **arguments) -> dict:
+        try:
+            answer = self.process.ask(do, **arguments)
+        except Ended as e:
+            raise Lost(str(e)) from None
         if "reason" in answer:
             raise CannotRun(answer["reason"])
-        return answer["seconds"]
+        return answer

@@ -1,13 +1,15 @@
 """Candidates of one length, compiled first and then timed in interleaved rounds."""
 
+import collections
 import concurrent.futures
+import contextlib
 import math
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from bench.candidates import CannotRun
+from bench.candidates import CannotRun, Lost
 
 MODES = ("forward", "forward_backward")
 LEAST_S = 0.02  # of a timed sample: shorter calls are made several times in one, so that dispatch and the clock weigh little
@@ -37,7 +39,7 @@ def measure(rows: list, rounds: int, jobs: int, until: float = math.inf) -> Iter
                     row.seconds(mode, 1)
                 found[row, mode].append(row.seconds(mode, calls[row, mode]))
             except CannotRun as e:
-                outcomes[row, mode] |= {"status": "unsupported", "message": str(e)}
+                outcomes[row, mode] |= without_time(e)
                 del calls[row, mode]
 
     first: dict[tuple, list[float]] = {key: [] for key in calls}
@@ -52,11 +54,18 @@ def measure(rows: list, rounds: int, jobs: int, until: float = math.inf) -> Iter
 
 
 def prepared(each: list[tuple], jobs: int, until: float) -> dict[tuple, dict]:
-    """What preparing gave, of every row and mode. The process of PyTorch prepares one after the other, beside those of JAX if these are more than one."""
-    with concurrent.futures.ThreadPoolExecutor(jobs) as ours, concurrent.futures.ThreadPoolExecutor(1) as theirs:
-        pools = {"jax": ours, "torch": ours if jobs == 1 else theirs}
-        futures = {(row, mode): pools[row.framework].submit(prepare, row, mode, until) for row, mode in each}
-        return {key: future.result() for key, future in futures.items()}
+    """What preparing gave, of every row and mode. Each process of PyTorch prepares one after the other, beside the others and those of JAX if `jobs` are more than
+    one; what tunes itself by the clock is prepared after all else, and alone.
+    """
+    outcomes = {}
+    for alone in (False, True):
+        with contextlib.ExitStack() as stack:
+            pool = lambda size: stack.enter_context(concurrent.futures.ThreadPoolExecutor(size))
+            ours, theirs = pool(1 if alone else jobs), collections.defaultdict(lambda: pool(1))
+            of = lambda row: ours if row.process is None or alone or jobs == 1 else theirs[row.process]
+            futures = {(row, mode): of(row).submit(prepare, row, mode, until) for row, mode in each if row.tunes == alone}
+            outcomes |= {key: future.result() for key, future in futures.items()}
+    return outcomes
 
 
 def prepare(row: Any, mode: str, until: float) -> dict:
@@ -66,4 +75,9 @@ def prepare(row: Any, mode: str, until: float) -> dict:
     try:
         return row.prepare(mode) | {"status": "ok"}
     except CannotRun as e:
-        return {"status": "unsupported", "message": str(e)}
+        return without_time(e)
+
+
+def without_time(e: CannotRun) -> dict:
+    """What is said of a row that has none."""
+    return {"status": "error" if isinstance(e, Lost) else "unsupported", "message": str(e)}

@@ -1,7 +1,7 @@
 """PyTorch's side of core_bench.py, in a process of its own: its attention, and the packages of others, each call on request.
 
 Requests and answers are JSON, a line each, on standard input and output:
-    {"do": "list", settings} -> [{"name", "spec", "causal", "layer", "reason"}]      spec: the variant of this package that sees the same pairs
+    {"do": "list", settings} -> [{"name", "spec", "causal", "layer", "tunes", "reason"}]      spec: the variant of this package that sees the same pairs
     {"do": "open", "B", "T"} -> {}                                                   what comes next is of this batch and length
     {"do": "prepare", "name", "mode"} -> {"seconds"} or {"reason"}                   builds and calls once: what it compiles is in there
     {"do": "time", "name", "mode", "calls"} -> {"seconds"} or {"reason"}             of one call, the mean of so many
@@ -26,14 +26,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, it is no part of a package
 from bench.candidates import said
-from bench.single_pattern import single_pattern
+from bench.single_pattern import claimed_pattern
 
 from attn_zoo import make_attention
 from attn_zoo.memory import keep_freed_memory
+from attn_zoo.ops.block_mask import block_mask
 from attn_zoo.ops.pallas_kernels import replace_tables
 from attn_zoo.ops.patterns import BlockTable, Pattern, table_rows
 
@@ -63,30 +65,35 @@ class Peer:
     needs: tuple[str, ...] = ()
     cuda: bool = False
     cpu_backward: bool = True
+    tunes: bool = False  # when first called it tries out kernels by the clock
 
     def reason(self, platform: str = "cpu") -> str | None:
         """Why it cannot run beside JAX on this platform, if it cannot."""
         for name in self.needs:
             try:
                 importlib.import_module(name)
-            except ImportError as e:
+            except Exception as e:  # fla asks for the device then, and says what it likes if it has none
                 return f"{name} cannot be imported: {e}"
         if platform == "gpu" and not torch.cuda.is_available():
             return f"PyTorch {torch.__version__} sees no GPU, though JAX does"
+        if platform == "cpu" and torch.cuda.is_available():
+            return "PyTorch sees a GPU, and JAX runs on the CPU"
         return "it needs an NVIDIA GPU" if self.cuda and not torch.cuda.is_available() else None
 
 
 def peers(settings: dict[str, Any]) -> list[Peer]:
     """All of them; flex_attention once for every spec of `settings` that is a single pattern, in its direction."""
     window, block, features, rank, landmarks = (settings[key] for key in ("window", "block", "features", "rank", "landmarks"))
-    found = [Peer(f"sdpa{_way(causal)}", "full", causal, functools.partial(_sdpa, causal)) for causal in (True, False)]
+    found = [Peer(f"sdpa{_way(causal)}", "full", causal, functools.partial(_sdpa, causal, None)) for causal in (True, False)]
+    for kernel in ("cudnn", "flash") if torch.cuda.is_available() else ():  # the one that PyTorch takes by itself may not be its fastest
+        found += [Peer(f"sdpa ({kernel}){_way(causal)}", "full", causal, functools.partial(_sdpa, causal, kernel)) for causal in (True, False)]
     for spec, causal in settings["patterns"]:
         found.append(Peer(f"flex_attention: {spec}{_way(causal)}", spec, causal, functools.partial(_flex, spec, causal), cpu_backward=False))
-    fla = dict(causal=True, layout="heads last", needs=("fla",), cuda=True)
-    found += [
-        Peer("flash-linear-attention: linear", "linear", build=functools.partial(_fla, "linear_attn", "chunk_linear_attn"), **fla),
-        Peer("flash-linear-attention: retention", "retention", build=functools.partial(_fla, "retention", "chunk_retention"), **fla),
-        Peer("flash-linear-attention: delta", "delta", build=functools.partial(_fla, "delta_rule", "chunk_delta_rule"), **fla),
+    fla = dict(causal=True, layout="heads last", needs=("fla",), cuda=True, tunes=True)
+    found += [  # those first that try out the fewest kernels
+        Peer("flash-linear-attention: delta", "delta(feature_map='elu')", build=functools.partial(_fla, "delta_rule", "chunk_delta_rule"), **fla),
+        Peer("flash-linear-attention: retention, without norms", "retention", build=functools.partial(_fla, "retention", "chunk_retention"), **fla),
+        Peer("flash-linear-attention: linear, without a feature map", "linear", build=functools.partial(_fla, "linear_attn", "chunk_linear_attn"), **fla),
     ]
     if torch.cuda.is_available():  # the packages below are made of PyTorch's plain operations; the GPU's marks are those above
         return found
@@ -113,22 +120,48 @@ def _way(causal: bool) -> str:
     return "" if causal else ", bidirectional"
 
 
-def _sdpa(causal, shape):
-    return functools.partial(torch.nn.functional.scaled_dot_product_attention, is_causal=causal)
+def _sdpa(causal, kernel, shape):
+    attend = functools.partial(torch.nn.functional.scaled_dot_product_attention, is_causal=causal)
+    if kernel is None:
+        return attend
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def attend_by_it(q, k, v):
+        with sdpa_kernel(getattr(SDPBackend, f"{kernel.upper()}_ATTENTION")):
+            return attend(q, k, v)
+
+    return attend_by_it
 
 
 def _flex(spec, causal, shape):
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
 
     attention = make_attention(spec, num_heads=shape.N, head_dim=shape.H, max_len=shape.T, causal=causal)
-    mask_mod = mask_mod_of(single_pattern(attention, shape.T), shape.device)
     # A compilation for each pattern, mode and length: past Dynamo's limit it would run unfused, some sixty times slower, and say nothing.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    # Compiled, or it would make the whole T x T mask first.
-    make = torch.compile(create_block_mask) if shape.device == "cuda" else create_block_mask
-    block_mask = make(mask_mod, None, None, shape.T, shape.T, device=shape.device)
-    return functools.partial(torch.compile(flex_attention, dynamic=False, fullgraph=True), block_mask=block_mask)
+    mask = flex_mask(claimed_pattern(attention, shape.T), shape.T, shape.device)
+    return functools.partial(torch.compile(flex_attention, dynamic=False, fullgraph=True), block_mask=mask)
+
+
+def flex_mask(pattern: Pattern, T: int, device: str):
+    """The BlockMask that flex_attention's create_block_mask makes of a pattern, in a moment in place of a compilation: its lists are this package's."""
+    from torch.nn.attention.flex_attention import _DEFAULT_SPARSE_BLOCK_SIZE, BlockMask
+
+    size = _DEFAULT_SPARSE_BLOCK_SIZE
+    mask = block_mask(pattern, T, T, size, size)
+
+    def dense(start, block):
+        seen = np.zeros((mask.num_q, mask.num_k), bool)
+        seen[np.repeat(np.arange(mask.num_q), np.diff(start)), block] = True
+        return seen
+
+    part, full = dense(mask.part_start, mask.part_block), dense(mask.full_start, mask.full_block)
+    if T % size:  # a block that T cuts is never full there
+        part[-1], full[-1] = part[-1] | full[-1], False
+    lists = [x.astype(np.int32) for seen in (part, full) for x in (seen.sum(axis=1), np.argsort(~seen, axis=1, kind="stable"))]  # of each row how many, and which first
+    lists = (torch.from_numpy(x).to(device)[None, None] for x in lists)
+    return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=size, mask_mod=mask_mod_of(pattern, device), seq_lengths=(T, T))
 
 
 def mask_mod_of(pattern: Pattern, device: str) -> Callable:
@@ -236,7 +269,7 @@ def _fla(module, name, shape):
     run = getattr(importlib.import_module(f"fla.ops.{module}"), name)
     if name == "chunk_delta_rule":
         beta = torch.full((shape.B, shape.T, shape.N), 0.5, dtype=shape.dtype, device=shape.device)
-        return lambda q, k, v: run(q, torch.nn.functional.normalize(k, dim=-1), v, beta)[0]
+        return lambda q, k, v: run(q, k, v, beta, use_qk_l2norm_in_kernel=True)[0]
     return lambda q, k, v: run(q, k, v)[0]
 
 
@@ -286,7 +319,7 @@ class Worker:
             raise RuntimeError("the process of JAX keeps freed memory, and this one cannot; use --nokeep_memory")
         self.peers = {peer.name: peer for peer in peers(settings)}
         platform = settings.get("platform", "cpu")
-        return [{"name": p.name, "spec": p.spec, "causal": p.causal, "layer": p.layer, "reason": p.reason(platform)} for p in self.peers.values()]
+        return [{"name": p.name, "spec": p.spec, "causal": p.causal, "layer": p.layer, "tunes": p.tunes, "reason": p.reason(platform)} for p in self.peers.values()]
 
     def about(self) -> dict:
         """What PyTorch this is, and where it runs."""

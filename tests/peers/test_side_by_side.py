@@ -14,7 +14,7 @@ torch = peer("torch")
 sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
 from bench import torch_worker
 from bench.candidates import TorchProcess
-from bench.single_pattern import single_pattern
+from bench.single_pattern import claimed_pattern, single_pattern
 
 T, N, H = 96, 2, 16
 SETTINGS = {"B": 1, "N": N, "H": H, "dtype": "float32", "window": 16, "block": 16, "features": 8, "rank": 8, "landmarks": 8, "patterns": [["local(window=16)", True]]}
@@ -29,6 +29,29 @@ def test_flex_attention_sees_the_same_pairs(name):
     np.testing.assert_array_equal(seen.numpy(), np.broadcast_to(dense_mask(PATTERNS[name], T, T)[0, 0], (T, T)))
 
 
+@pytest.mark.parametrize("T", [96, 1000])
+@pytest.mark.parametrize("spec, causal", [(name, causal) for name, causal in DIRECTED if f"{name}-{causal}" in PATTERNS], ids=str)
+def test_its_block_mask_is_that_of_create_block_mask(spec, causal, T):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    pattern = claimed_pattern(make_attention(spec, num_heads=N, head_dim=H, max_len=T, causal=causal), T)
+    ours = torch_worker.flex_mask(pattern, T, "cpu")
+    theirs = create_block_mask(torch_worker.mask_mod_of(pattern, "cpu"), None, None, T, T, device="cpu")
+    assert ours.shape == theirs.shape and ours.BLOCK_SIZE == theirs.BLOCK_SIZE
+    for way in ("kv", "q"):
+        for part in ("", "full_"):
+            counts = [getattr(mask, f"{part}{way}_num_blocks") for mask in (ours, theirs)]
+            np.testing.assert_array_equal(*counts)
+            for row, count in enumerate(counts[0].flatten().tolist()):
+                np.testing.assert_array_equal(*(getattr(mask, f"{part}{way}_indices").flatten(0, 2)[row, :count] for mask in (ours, theirs)))
+
+
+def test_a_kernel_of_sdpa_can_be_asked_for():
+    q, k, v = torch.randn(3, 1, N, T, H)
+    shape = torch_worker.Shape(1, T, N, H, torch.float32, "cpu")
+    np.testing.assert_allclose(torch_worker._sdpa(True, "flash", shape)(q, k, v), torch_worker._sdpa(True, None, shape)(q, k, v), atol=1e-6)
+
+
 @pytest.fixture(scope="module")
 def worker():
     """In a process of its own, as core_bench.py has it: there no test's type checks stand in the way of PyTorch's compiler."""
@@ -38,7 +61,7 @@ def worker():
     process.close()
 
 
-CUDA_ALONE = {"flash-linear-attention: linear", "flash-linear-attention: retention", "flash-linear-attention: delta"}
+CUDA_ALONE = tuple(p.name for p in torch_worker.peers(SETTINGS) if p.cuda)
 NAMES = [p.name for p in torch_worker.peers(SETTINGS)]
 
 
