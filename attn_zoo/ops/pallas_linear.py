@@ -61,7 +61,8 @@ def causal_sums(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """(sum_{j <= t} exp(L_t - L_j) (q_t'k_j) v_j, the same with 1 for v_j), float32; L is the running sum of the log decays, or 0. See ops.linear, ops.decayed.
 
-    All sums are in float32; of bfloat16 values, all factors of products are bfloat16, as the matrix units want them. Raises Unsupported, with the reason, for what `serves` refuses.
+    All sums are in float32; of bfloat16 values, all factors of products are bfloat16, as the matrix units want them, and the first sum is rounded to it.
+    Raises Unsupported, with the reason, for what `serves` refuses.
     """
     plan, (q, k, v) = _whole(None, q_BTNR, k_BTKR, v_BTKH)
     L = None
@@ -71,7 +72,7 @@ def causal_sums(
         L = jnp.moveaxis(jnp.cumsum(steps, axis=2).reshape(*v.shape[:2], -1), 1, 2)
     o, norm = _scan(plan, True, q, k, v, L, None)
     T, H = q_BTNR.shape[1], v_BTKH.shape[3]
-    return o[:, :T, :, :H], norm[..., :T].swapaxes(1, 2)
+    return o[:, :T, :, :H].astype(jnp.float32), norm[..., :T].swapaxes(1, 2)
 
 
 def corrected_sums(
@@ -82,7 +83,7 @@ def corrected_sums(
     chunk: positions, a power of two of at least 16. Raises Unsupported, with the reason, for what `serves` refuses.
     """
     plan, (q, k, w, u) = _whole(chunk, q_BTNR, k_BTKR, w_BTKR, u_BTKH, corrected=k_BTKR.shape[3])
-    return _scan(plan, False, q, k, u, None, w)[0][:, : q_BTNR.shape[1], :, : u_BTKH.shape[3]]
+    return _scan(plan, False, q, k, u, None, w)[0][:, : q_BTNR.shape[1], :, : u_BTKH.shape[3]].astype(jnp.float32)
 
 
 def _whole(chunk: int | None, *arrays, corrected: int = 0):
@@ -168,9 +169,9 @@ class Run:
         return self.call(name, states_kernel, inputs, outputs, self.K, "h" if correction else "rh", group=group, reverse=reverse)
 
     def outputs(self, q, k, v, L, states, totals):
-        """(o [B, T, N, H], norm [B, N, T] or None), float32."""
+        """(o [B, T, N, H], as factors are, norm [B, N, T] or None, float32)."""
         inputs = [(L, "bkt"), (q, "btnR"), (k, "btkR"), (v, "btkh"), (states, "bkiRh"), (totals, "0bkiR")]
-        outputs = [(jnp.float32, "btnh"), (None if totals is None else jnp.float32, "ybnt")]
+        outputs = [(self.factor, "btnh"), (None if totals is None else jnp.float32, "ybnt")]
         o, norm = self.call("output", output_kernel, inputs, outputs, self.N, "hi")
         return o, None if norm is None else norm[0]
 

@@ -11,7 +11,8 @@ gradient of the states is the same recurrence from the end, dS <- exp(L_c) dS + 
 (see ops.delta) what is written is corrected by what the state held, x = U - W S and S <- S + K'x, and backwards dx = (its part of the chunk) + K dS and
 dS <- dS + Q'do - W'dx: both are x = offset + read S, S <- S + write'x.
 
-Bodies use references, loops and products alone, which Pallas' compilers for NVIDIA GPUs share. A reference that a problem has no use for is None.
+Bodies use references, loops and products alone, which Pallas' compilers for NVIDIA GPUs share. A reference that a problem has no use for is None. What a product
+needs is read before the products: the compiler leaves reads where they are written, and each after a product waits for memory alone.
 """
 
 import dataclasses
@@ -106,9 +107,10 @@ def states_kernel(
             total_ref[i, :] = total
         faded = [fade.across(state) for state in states], None if total is None else fade.across(total)
         if offset_ref is not None:
-            x = offset_ref[rows, :].astype(jnp.float32)
+            offset, x = offset_ref[rows, :], zeros(form.chunk, form.h_tile)
             for tile, state in zip(tiles, states):
                 x += form.dot(read_ref[rows, tile], state, 1, 0)
+            x += offset.astype(jnp.float32)
             x_ref[rows, :] = x.astype(x_ref.dtype)
             faded = [state + form.dot(write_ref[rows, tile], x, 0, 0) for tile, state in zip(tiles, faded[0])], faded[1]
 
@@ -129,18 +131,18 @@ def states_kernel(
 def output_kernel(decay_ref, q_ref, k_ref, v_ref, state_ref, total_ref, o_ref, norm_ref, *, form: Form):
     """One chunk of one query head: o [c, h] and n [c], of q, k [c, R], v [c, h], and the state [R, h] and total [R] before the chunk."""
     c, R = q_ref.shape
-    fade = Decay.read(decay_ref, 0, c)
+    fade, v = Decay.read(decay_ref, 0, c), v_ref[...]
 
     def features(tile, carry):
         products, o, norm = carry
-        q = q_ref[:, tile]
+        q, k, state = q_ref[:, tile], k_ref[:, tile], state_ref[tile, :]
         if norm is not None:
             norm = norm + jnp.sum(q.astype(jnp.float32) * total_ref[tile][None, :], axis=1)
-        return products + form.dot(q, k_ref[:, tile], 1, 1), o + form.dot(q, state_ref[tile, :], 1, 0), norm
+        return products + form.dot(q, k, 1, 1), o + form.dot(q, state, 1, 0), norm
 
     products, o, norm = over_tiles(R, form.r_tile, features, (zeros(c, c), zeros(c, form.h_tile), None if norm_ref is None else zeros(c)))
     scores = fade.within(products)
-    o_ref[...] = fade.since_start(o) + form.dot(scores, v_ref[...], 1, 0)
+    o_ref[...] = (fade.since_start(o) + form.dot(scores, v, 1, 0)).astype(o_ref.dtype)
     if norm_ref is not None:
         norm_ref[...] = fade.since_start(norm) + jnp.sum(scores, axis=1)
 
@@ -172,10 +174,10 @@ def dqk_kernel(decay_ref, q_ref, k_ref, v_ref, do_ref, dnorm_ref, state_ref, dst
 
     def written(tile, carry):
         dk, overlap = carry
-        dstate = dstate_ref[:, tile]
+        v, dstate = v_ref[:, tile], dstate_ref[:, tile]
         if overlap is not None:
             overlap = overlap + jnp.sum(state_ref[:, tile].astype(jnp.float32) * dstate.astype(jnp.float32))
-        return dk + form.dot(v_ref[:, tile], dstate, 1, 1), overlap
+        return dk + form.dot(v, dstate, 1, 1), overlap
 
     dk, overlap = over_tiles(H, form.h_tile, written, (zeros(*k.shape), None if dL_ref is None else jnp.float32(0)))
     dk, dL = fade.until_end(dk if dtotal_ref is None else dk + dtotal_ref[...][None, :]), None
@@ -186,17 +188,18 @@ def dqk_kernel(decay_ref, q_ref, k_ref, v_ref, do_ref, dnorm_ref, state_ref, dst
 
     def head(g, carry):
         dk, dL = carry
+        q = q_ref[:, g, :]
 
         def read(tile, carry):
             products, dq = carry
-            do = do_ref[:, g, tile]
-            return products + form.dot(do, v_ref[:, tile], 1, 1), dq + form.dot(do, state_ref[:, tile], 1, 1)
+            do, v, state = do_ref[:, g, tile], v_ref[:, tile], state_ref[:, tile]
+            return products + form.dot(do, v, 1, 1), dq + form.dot(do, state, 1, 1)
 
         products, dq = over_tiles(H, form.h_tile, read, (zeros(c, c), zeros(*k.shape)))
         if dnorm_ref is not None:  # as of one more value, which is 1
             dnorm = dnorm_ref[g, :][:, None]
             products, dq = products + dnorm, dq + dnorm * total_ref[...][None, :]
-        dscores, q = fade.within(products), q_ref[:, g, :]
+        dscores = fade.within(products)
         dq = fade.since_start(dq) + form.dot(dscores, k, 1, 0)
         dq_ref[:, g, :] = dq.astype(dq_ref.dtype)
         return dk + form.dot(dscores, q, 0, 0), None if dL is None else dL + jnp.sum(q.astype(jnp.float32) * dq, axis=1)
