@@ -7,7 +7,7 @@
     python experiments/core_bench.py --report_only                            # tables and figures again, from the records alone
 
 All candidates of one length are compiled first and then timed in interleaved rounds, so that a slow moment of the machine falls on all
-of them; medians with 20th and 80th percentile. PyTorch runs in a process of its own, which waits while JAX is timed, as JAX does while PyTorch is. Variants that cannot be
+of them; medians with 20th and 80th percentile. PyTorch runs in processes of its own, one or more, which wait while JAX is timed, as JAX does while PyTorch is. Variants that cannot be
 causal run bidirectionally, and their row says so. A peer is set beside the variant that sees the same pairs, and those that come with their projections beside that
 variant with its own. What cannot run is a row with the reason. One record a candidate, length and mode; a length that has all its records is not measured again.
 """
@@ -20,8 +20,6 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75")  # of a GPU's, which PyTorch needs some of too
 
 import jax
 from absl import app, flags
@@ -111,14 +109,14 @@ def run(out: Path) -> None:
         lengths = [int(T) if T.isdigit() else T for T in SEQ_LENS.value]
         for T in lengths:
             check_int("--seq_lens", T, 2)
-        shortest, untrusted = min(lengths), jax.default_backend() != "cpu"  # where there are no tests, the shortest length is one
-        problem = lambda T: Problem(
-            max(1, TOKENS.value // T) if TOKENS.value else BATCH.value, T, HEADS.value, HEAD_DIM.value, DTYPE.value, checked=untrusted and T == shortest
-        )
-        settings = {f.name: f.value for f in (BATCH, HEADS, HEAD_DIM, DTYPE, CAUSAL, ROUNDS, TOKENS, JOBS)} | {"memory_kept": kept}
+        platform = platform_of_jax()
+        batch = lambda T: max(1, TOKENS.value // T) if TOKENS.value else BATCH.value
+        checked = lambda T: platform != "cpu" and T == lengths[0]  # the tests run kernels on a CPU alone
+        problem = lambda T: Problem(batch(T), T, HEADS.value, HEAD_DIM.value, DTYPE.value, checked(T))
+        settings = {f.name: f.value for f in (BATCH, HEADS, HEAD_DIM, DTYPE, CAUSAL, ROUNDS, TOKENS, JOBS, PEER_PROCESSES)} | {"memory_kept": kept}
         torch = []
         if PEERS.value == "all":
-            asked = settings | SIZES | {"patterns": patterns(specs, problem(min(max(lengths), COUNTED))), "platform": jax.default_backend()}
+            asked = settings | SIZES | {"patterns": patterns(specs, problem(min(max(lengths), COUNTED))), "platform": platform}
             threads = {"TORCHINDUCTOR_COMPILE_THREADS": str(max(1, (os.cpu_count() or 1) // PEER_PROCESSES.value))} if PEER_PROCESSES.value > 1 else {}
             with ThreadPoolExecutor(PEER_PROCESSES.value) as pool:  # they take seconds to import what they need
                 torch = list(pool.map(lambda _: TorchProcess(PEERS_PYTHON.value, asked, threads), range(PEER_PROCESSES.value)))
@@ -139,6 +137,15 @@ def run(out: Path) -> None:
     print((out / "table.md").read_text())
 
 
+def platform_of_jax() -> str:
+    """cpu, gpu or tpu. Raises UserError where JAX has no device of the kind that JAX_PLATFORMS asks for."""
+    try:
+        return jax.default_backend()
+    except (RuntimeError, AssertionError) as e:  # the latter without a plugin
+        reason = (str(e).splitlines() or ["is the extra for it installed?"])[0]
+        raise UserError(f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: JAX has no such device; {reason}") from None
+
+
 def measure_length(out: Path, problem: Problem, specs: list[str], torch: list[TorchProcess], until: float, common: dict) -> None:
     """Records of all candidates and modes at one length, unless they are there from the same commit and machine. Raises UserError if JAX runs nothing any more."""
     rows = rows_of(problem, specs, torch)
@@ -146,15 +153,16 @@ def measure_length(out: Path, problem: Problem, specs: list[str], torch: list[To
     if done(out, set(ids.values()), common):
         return
     rates = {"matmul_flops_per_s": matmul_flops_per_s(problem.dtype), "copy_bytes_per_s": copy_bytes_per_s()}
-    lost = None
+    lost = {}
     for order, (row, mode, outcome) in enumerate(measure(rows, ROUNDS.value, JOBS.value, until)):
-        if outcome["status"] == "error" and row.framework == "jax":
-            lost = lost or f"T = {problem.T}, {row.name}, {mode}: {outcome['message']}; the same command goes on"
+        at = outcome.pop("lost_at", math.inf)
+        if row.framework == "jax" and at < math.inf:
+            lost[at] = f"T = {problem.T}, {row.name}, {mode}: {outcome['message']}; if it is this row's fault, the same command without it goes on"
         flops = problem.attention(row.spec, row.causal).flops(problem.B, problem.T, problem.T) * (1 if mode == "forward" else 3)
         work = {"order": order, "framework": row.framework, "flops": flops, "bytes": problem.bytes(mode), "plan": row.plan}
         write_record(out, {"id": ids[row.name, mode], "status": outcome.pop("status"), "message": outcome.pop("message", ""), "cell": cell_of(row, problem, mode)} | work | outcome | rates | common)
     if lost:
-        raise UserError(lost)
+        raise UserError(lost[min(lost)])
 
 
 def done(out: Path, ids: set[str], common: dict) -> bool:

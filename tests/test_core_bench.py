@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
 LENGTHS = (32, 64, 128)
 sys.path.insert(0, str(ROOT / "experiments"))
-from bench import candidates
+from bench import candidates, rounds
 from bench.candidates import CannotRun, Jax, Lost, Problem, TorchProcess, counterparts, farthest, heads, variant
 from bench.report import faster_from
 from bench.rounds import MODES, measure
@@ -180,12 +180,20 @@ def test_processes_prepare_beside_each_other_and_what_tunes_itself_alone():
     assert all(len({row.process for row in rows if row.process}) == len([row for row in rows if row.process]) for rows in together), "one at a time in each process"
 
 
+def test_another_process_has_a_moment_to_come_to_rest(monkeypatch):
+    waits = []
+    monkeypatch.setattr(rounds.time, "sleep", waits.append)
+    list(measure([Row(100, process) for process in (None, None, "first", "second", "second")], rounds=2, jobs=1))
+    assert waits == [rounds.PAUSE_S] * 9  # before three processes, in a first round and two more
+
+
 def test_what_is_lost_is_an_error_to_be_measured_again():
     class Gone(Row):
         def prepare(self, mode):
             raise Lost("the process ended")
 
-    assert {outcome["status"] for *_, outcome in measure([Gone(1)], rounds=1, jobs=1)} == {"error"}
+    outcomes = [outcome for *_, outcome in measure([Gone(1)], rounds=1, jobs=1)]
+    assert {outcome["status"] for outcome in outcomes} == {"error"} and outcomes[0]["lost_at"] < outcomes[1]["lost_at"]
 
 
 def test_a_row_whose_device_is_gone_is_lost(monkeypatch):
@@ -289,3 +297,9 @@ def test_a_variant_is_the_softmax_over_its_single_pattern(name):
 def test_bad_input_is_one_line(tmp_path, options, said):
     process = run(tmp_path, *options)
     assert process.returncode == 2 and process.stderr.strip().count("\n") == 0 and said in process.stderr
+
+
+def test_a_device_that_is_not_there_is_one_line(tmp_path):
+    command = [sys.executable, str(ROOT / "experiments" / "core_bench.py"), f"--out={tmp_path}", "--variants=full", "--seq_lens=32"]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENV | {"JAX_PLATFORMS": "tpu"})
+    assert process.returncode == 2 and process.stderr.strip().splitlines()[-1].startswith("core_bench.py: JAX_PLATFORMS=tpu: JAX has no such device; ")

@@ -52,7 +52,7 @@ class Dims:
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """For a variant that no options make exact: how far from `full` it may be when keys are scaled by `scale`, and why."""
+    """For a variant that no options make exact: how far from `full` it may be, and in how different a direction, when keys are scaled by `scale`, and why."""
 
     why: str
     scale: float

@@ -81,7 +81,7 @@ def _mosaic_serves(pattern: Pattern, dtype, head_dim: int, masked: bool | str, m
     obstacle = _device_obstacle(mosaic_attention.INTERPRET)
     if obstacle is None and not mosaic_attention.INTERPRET and int(_compute_capability()) != 9:
         obstacle = "it is for Hopper GPUs, of compute capability 9.0"
-    elif obstacle is None and 12080 <= _cuda_version() < 12091:  # for which JAX refuses its own causal kernel of this kind
+    elif obstacle is None and not mosaic_attention.INTERPRET and 12080 <= _cuda_version() < 12091:  # for which JAX refuses its own causal kernel of this kind
         obstacle = "the assembler of CUDA 12.8 and 12.9 compiles such kernels wrongly"
     return obstacle or mosaic_attention.serves(pattern, dtype, head_dim, masked, modified)
 

@@ -85,7 +85,7 @@ def _forward(pattern: Pattern, scale: float, q_BTNH, k_BSKH, v_BSKH):
         o, lse = mg.kernel(
             functools.partial(_kernel, mg=mg, pattern=pattern, scale=scale, S=S, bk=bk, group=N // K, row=mask.longest_first),
             out_type=(jax.ShapeDtypeStruct(q.shape, dtype), jax.ShapeDtypeStruct((B, N, q.shape[1]), jnp.float32)),
-            grid=(B, N, mask.num_q),  # the last runs first: programs beside each other share keys and values
+            grid=(B, N, mask.num_q),  # the last varies fastest: programs beside each other share keys and values
             grid_names=("sequence", "head", "block"),
             num_threads=WARPGROUPS + 1,
             thread_name="warpgroup",

@@ -116,7 +116,6 @@ def _scan_bwd(plan, normed, inputs, cotangents):
     q, k, v, L, w = inputs
     do, dnorm = cotangents
     run = Run(plan, q, v)
-    do = do.astype(run.factor)
     states, totals, values = run.states(k, v, L, w, normed)
     dw = None
     if w is None:

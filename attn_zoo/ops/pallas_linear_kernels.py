@@ -11,8 +11,8 @@ gradient of the states is the same recurrence from the end, dS <- exp(L_c) dS + 
 (see ops.delta) what is written is corrected by what the state held, x = U - W S and S <- S + K'x, and backwards dx = (its part of the chunk) + K dS and
 dS <- dS + Q'do - W'dx: both are x = offset + read S, S <- S + write'x.
 
-Bodies use references, loops and products alone, which Pallas' compilers for NVIDIA GPUs share. A reference that a problem has no use for is None. What a product
-needs is read before the products: the compiler leaves reads where they are written, and each after a product waits for memory alone.
+Bodies use references, loops and products alone, which Pallas' compilers for NVIDIA GPUs share. A reference that a problem has no use for is None. All that
+products need is read before the first of them: the compiler leaves reads where they are written, and one between products would be waited for with nothing to do.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""What core_bench.py times: every variant, JAX's own attention, and by a process of its own that of PyTorch; each as a row with the same two methods.
+"""What core_bench.py times: every variant, JAX's own attention, and by processes of its own that of PyTorch; each as a row with the same two methods.
 
 A candidate's `prepare(mode)` compiles and calls it once and says how long that took; its `seconds(mode, calls)` is the time of one call, the mean of so many.
 """
@@ -139,7 +139,9 @@ def cotangent(shape: tuple[int, ...], dtype) -> jax.Array:
 
 
 def said(e: Exception) -> str:
-    """The first line of a failure, with its kind."""
+    """The first line of a failure, with its kind; of several, that of the first."""
+    if isinstance(e, ExceptionGroup):
+        e = e.exceptions[0]
     return f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"[:300]
 
 

@@ -29,11 +29,11 @@ def measure(rows: list, rounds: int, jobs: int, until: float = math.inf) -> Iter
 
     def time_each(found: dict[tuple, list[float]]) -> None:
         """One more sample of every row that still runs; one that fails leaves with the reason, and the rest go on."""
-        before = None
+        before = ()  # none yet; None is that of JAX
         for row, mode in list(calls):
-            if row.framework != before:
+            if row.process is not before:
                 time.sleep(PAUSE_S)
-                before = row.framework
+                before = row.process
             try:
                 if not first[row, mode] or first[row, mode][0] < SHORT_S:
                     row.seconds(mode, 1)
@@ -80,4 +80,4 @@ def prepare(row: Any, mode: str, until: float) -> dict:
 
 def without_time(e: CannotRun) -> dict:
     """What is said of a row that has none."""
-    return {"status": "error" if isinstance(e, Lost) else "unsupported", "message": str(e)}
+    return {"status": "error", "message": str(e), "lost_at": time.monotonic()} if isinstance(e, Lost) else {"status": "unsupported", "message": str(e)}

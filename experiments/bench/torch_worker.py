@@ -91,7 +91,7 @@ def peers(settings: dict[str, Any]) -> list[Peer]:
         found.append(Peer(f"flex_attention: {spec}{_way(causal)}", spec, causal, functools.partial(_flex, spec, causal), cpu_backward=False))
     fla = dict(causal=True, layout="heads last", needs=("fla",), cuda=True, tunes=True)
     found += [  # those first that try out the fewest kernels
-        Peer("flash-linear-attention: delta", "delta(feature_map='elu')", build=functools.partial(_fla, "delta_rule", "chunk_delta_rule"), **fla),
+        Peer("flash-linear-attention: delta, without a feature map", "delta(feature_map='elu')", build=functools.partial(_fla, "delta_rule", "chunk_delta_rule"), **fla),
         Peer("flash-linear-attention: retention, without norms", "retention", build=functools.partial(_fla, "retention", "chunk_retention"), **fla),
         Peer("flash-linear-attention: linear, without a feature map", "linear", build=functools.partial(_fla, "linear_attn", "chunk_linear_attn"), **fla),
     ]
@@ -311,6 +311,7 @@ class Worker:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.peers: dict[str, Peer] = {}
         self.built: dict[str, Callable] = {}
+        self.arguments: dict[tuple, torch.Tensor] = {}
 
     def list(self, **settings) -> list[dict]:
         """Every peer, and why it cannot run if it cannot."""
@@ -329,6 +330,7 @@ class Worker:
         """Frees what was built, and what comes next is of this batch and length."""
         s = self.settings
         self.built.clear()
+        self.arguments.clear()
         torch._dynamo.reset()
         gc.collect()
         if self.device == "cuda":
@@ -345,6 +347,7 @@ class Worker:
             call()
             self.synchronize()
         except Exception as e:  # a row with the reason, whatever it is
+            self.synchronize()  # which ends this process if nothing runs any more on the GPU
             return {"reason": said(e)}
         self.built[name, mode] = call
         return {"seconds": time.perf_counter() - start}
@@ -359,6 +362,7 @@ class Worker:
                 call()
             self.synchronize()
         except Exception as e:
+            self.synchronize()
             return {"reason": said(e)}
         return {"seconds": (time.perf_counter() - start) / calls}
 
@@ -377,7 +381,7 @@ class Worker:
         sizes = {"heads first": (shape.B, shape.N, shape.T, shape.H), "heads last": (shape.B, shape.T, shape.N, shape.H)}
         size = (shape.B, shape.T, shape.N * shape.H) if peer.layer else sizes.get(peer.layout, sizes["heads first"])
         count = 1 if peer.layer else 2 if peer.layout == "shared" else 3
-        inputs = [torch.randn(size, device=shape.device).to(shape.dtype).requires_grad_(backward) for _ in range(count)]
+        inputs = [self.given(size, n, backward) for n in range(count)]
         if not backward:
 
             def forward():
@@ -385,12 +389,19 @@ class Worker:
                     return function(*inputs)
 
             return forward
-        do = torch.randn(size, device=shape.device).to(shape.dtype)
+        do = self.given(size, count, False)
 
         def both():
             return torch.autograd.grad(function(*inputs), [*inputs, *parameters], do, allow_unused=True)
 
         return both
+
+    def given(self, size: tuple[int, ...], n: int, backward: bool) -> torch.Tensor:
+        """The n-th random argument of this size: that of all rows, for which there may not be memory each."""
+        key = size, n, backward
+        if key not in self.arguments:
+            self.arguments[key] = torch.randn(size, device=self.shape.device).to(self.shape.dtype).requires_grad_(backward)
+        return self.arguments[key]
 
     def synchronize(self):
         if self.device == "cuda":

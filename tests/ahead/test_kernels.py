@@ -111,7 +111,8 @@ SCANS = [(name, R) for name in ("linear", "decayed") for R in (64, 256)] + [("de
 @KINDS
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
 @pytest.mark.parametrize("name, R", SCANS)
-def test_scans_fit(name, R, dtype, kind):
+def test_scans_fit(name, R, dtype, kind, monkeypatch):
+    monkeypatch.setattr(tuning, "_device_kind", lambda: kind)
     found = assembled(*scans(name, dtype, R), gpu=kind)
     assert {kernel.partition("__")[0] for kernel in found} == {"states_kernel", "output_kernel", "dv_kernel", "dqk_kernel"}
     assert by_matrix_units(found)

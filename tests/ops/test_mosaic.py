@@ -82,6 +82,7 @@ def test_a_call_with_padding_is_refused():
 def test_it_is_for_hopper_alone_and_asked_for_by_name(platform, capability, reason, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     monkeypatch.setattr(backends, "_compute_capability", lambda: capability)
+    monkeypatch.setattr(backends, "_cuda_version", lambda: 13000)
     assert choose("auto", Band(8, 8), jnp.bfloat16, 64) == (ON_CPU if platform == "cpu" else "pallas")
     if reason is None:
         attention = make_attention("local(window=8)", num_heads=2, head_dim=64, max_len=1000, dtype=jnp.bfloat16, backend="mosaic")

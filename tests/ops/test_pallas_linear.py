@@ -115,7 +115,7 @@ def test_fewer_or_more_keys_than_queries(S, interpreted):
 
 
 def test_bfloat16_sums_in_float32(interpreted):
-    """Factors of products are bfloat16: scores, states and the gradients that come in are rounded once, by 2^-9, and nothing else is."""
+    """Factors of products are bfloat16: scores, states, outputs and the gradients that come in are rounded once, by 2^-9, and nothing else is."""
     args = inputs(150, dtype=jnp.bfloat16)
     actual, expected = (results(functools.partial(fades, backend=backend), args) for backend in ("pallas", "xla"))
     assert [x.dtype for x in jax.tree.leaves(actual)] == [jnp.float32] * 2 + [jnp.bfloat16] * 3 + [jnp.float32]

@@ -18,6 +18,7 @@ from bench.single_pattern import claimed_pattern, single_pattern
 
 T, N, H = 96, 2, 16
 SETTINGS = {"B": 1, "N": N, "H": H, "dtype": "float32", "window": 16, "block": 16, "features": 8, "rank": 8, "landmarks": 8, "patterns": [["local(window=16)", True]]}
+SETTINGS["platform"] = "gpu" if torch.cuda.is_available() else "cpu"
 DIRECTED = [(name, causal) for name, v in VARIANTS.items() for causal in (True, False) if not causal or v.causal is True]
 PATTERNS = {f"{name}-{causal}": pattern for name, causal in DIRECTED if (pattern := single_pattern(make_attention(name, num_heads=N, head_dim=H, max_len=T, causal=causal), T))}
 
