@@ -12,7 +12,7 @@ from peers import peer
 
 torch = peer("torch")
 sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
-from bench import torch_worker
+from bench import torch_peers
 from bench.candidates import TorchProcess
 from bench.single_pattern import claimed_pattern, single_pattern
 
@@ -26,7 +26,7 @@ PATTERNS = {f"{name}-{causal}": pattern for name, causal in DIRECTED if (pattern
 @pytest.mark.parametrize("name", PATTERNS)
 def test_flex_attention_sees_the_same_pairs(name):
     i, j = torch.arange(T)[:, None], torch.arange(T)[None, :]
-    seen = torch_worker.mask_mod_of(PATTERNS[name], "cpu")(0, 0, i, j).expand(T, T)
+    seen = torch_peers.mask_mod_of(PATTERNS[name], "cpu")(0, 0, i, j).expand(T, T)
     np.testing.assert_array_equal(seen.numpy(), np.broadcast_to(dense_mask(PATTERNS[name], T, T)[0, 0], (T, T)))
 
 
@@ -36,8 +36,8 @@ def test_its_block_mask_is_that_of_create_block_mask(spec, causal, T):
     from torch.nn.attention.flex_attention import create_block_mask
 
     pattern = claimed_pattern(make_attention(spec, num_heads=N, head_dim=H, max_len=T, causal=causal), T)
-    ours = torch_worker.flex_mask(pattern, T, "cpu")
-    theirs = create_block_mask(torch_worker.mask_mod_of(pattern, "cpu"), None, None, T, T, device="cpu")
+    ours = torch_peers.flex_mask(pattern, T, "cpu")
+    theirs = create_block_mask(torch_peers.mask_mod_of(pattern, "cpu"), None, None, T, T, device="cpu")
     assert ours.shape == theirs.shape and ours.BLOCK_SIZE == theirs.BLOCK_SIZE
     for way in ("kv", "q"):
         for part in ("", "full_"):
@@ -49,8 +49,8 @@ def test_its_block_mask_is_that_of_create_block_mask(spec, causal, T):
 
 def test_a_kernel_of_sdpa_can_be_asked_for():
     q, k, v = torch.randn(3, 1, N, T, H)
-    shape = torch_worker.Shape(1, T, N, H, torch.float32, "cpu")
-    np.testing.assert_allclose(torch_worker._sdpa(True, "flash", shape)(q, k, v), torch_worker._sdpa(True, None, shape)(q, k, v), atol=1e-6)
+    shape = torch_peers.Shape(1, T, N, H, torch.float32, "cpu")
+    np.testing.assert_allclose(torch_peers._sdpa(True, "flash", shape)(q, k, v), torch_peers._sdpa(True, None, shape)(q, k, v), atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +62,8 @@ def worker():
     process.close()
 
 
-CUDA_ALONE = tuple(p.name for p in torch_worker.peers(SETTINGS) if p.cuda)
-NAMES = [p.name for p in torch_worker.peers(SETTINGS)]
+CUDA_ALONE = tuple(p.name for p in torch_peers.peers(SETTINGS) if p.cuda)
+NAMES = [p.name for p in torch_peers.peers(SETTINGS)]
 
 
 @pytest.mark.parametrize("mode", ["forward", "forward_backward"])
@@ -84,7 +84,7 @@ def test_a_peer_gives_a_time_or_a_reason(worker, name, mode):
 
 @pytest.mark.parametrize("name", ["linformer", "nystrom"])
 def test_between_its_projections_a_package_does_what_its_layer_does(name):
-    build, shape = getattr(torch_worker, f"_{name}"), torch_worker.Shape(2, T, N, H, torch.float32, "cpu")
+    build, shape = getattr(torch_peers, f"_{name}"), torch_peers.Shape(2, T, N, H, torch.float32, "cpu")
 
     def built(projections):
         torch.manual_seed(0)
@@ -98,7 +98,7 @@ def test_between_its_projections_a_package_does_what_its_layer_does(name):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch sees a GPU here")
 def test_no_peer_runs_on_the_cpu_beside_a_gpu():
-    able = [p for p in torch_worker.peers(SETTINGS) if p.reason() is None]
+    able = [p for p in torch_peers.peers(SETTINGS) if p.reason() is None]
     assert able and all("sees no GPU" in p.reason("gpu") for p in able)
 
 
