@@ -42,6 +42,7 @@ def cosformer(x_BTNH, M: int, start=0):
 
 
 FEATURE_MAPS = {"elu": elu, "relu": jax.nn.relu, "dpfp": dpfp, "cosformer": cosformer}
+OF_NUMBERS = ("elu", "relu")  # those that make a feature of each number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,8 +112,10 @@ class Linear(KernelDecoding):
         return phi(q_BTNH), phi_k if valid_BS is None else jnp.where(valid_BS[:, :, None, None], phi_k, 0)
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
-        backend = self.backend(valid_BS is not None)
-        return linear_attention(*self.features(q_BTNH, k_BSKH, valid_BS), v_BSKH, causal=self.dims.causal, backend=backend)
+        attend = functools.partial(linear_attention, causal=self.dims.causal, backend=self.backend(valid_BS is not None))
+        if valid_BS is None and self.options.feature_map in OF_NUMBERS:
+            return attend(q_BTNH, k_BSKH, v_BSKH, phi=FEATURE_MAPS[self.options.feature_map])
+        return attend(*self.features(q_BTNH, k_BSKH, valid_BS), v_BSKH)
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         return kernel_reference(*self.features(q_BTNH, k_BSKH, valid_BS), v_BSKH, causal=self.dims.causal)

@@ -8,7 +8,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from attn_zoo.ops.native_linear import native_sums
-from attn_zoo.ops.pallas_linear import causal_sums
+from attn_zoo.ops.pallas_linear import causal_attention, causal_sums
 from attn_zoo.ops.rows import scale_rows
 
 CHUNK = 128  # positions per step of the causal scan
@@ -17,12 +17,25 @@ FEATURES_CHUNK = 256  # positions whose features are made at once
 
 
 def linear_attention(
-    phi_q_BTNR: Float[Array, "B T N R"], phi_k_BSKR: Float[Array, "B S K R"], v_BSKH: Float[Array, "B S K H"], *, causal: bool, backend: str = "xla"
+    phi_q_BTNR: Float[Array, "B T N R"],
+    phi_k_BSKR: Float[Array, "B S K R"],
+    v_BSKH: Float[Array, "B S K H"],
+    *,
+    causal: bool,
+    backend: str = "xla",
+    phi: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "B T N H"]:
     """o_i = phi(q_i)' sum_j phi(k_j) v_j' / phi(q_i)' sum_j phi(k_j), over all j or j <= i. Katharopoulos et al. 2020, eq. 5 and 9.
 
     Features must not be negative in sum over a row; invalid keys are given as phi(k) = 0. A row whose denominator is zero, or subnormal, gives zeros.
+    phi: None, or a function of single numbers that makes features of the first two arguments; Pallas' kernels apply it where they read them.
     """
+    T, S = phi_q_BTNR.shape[1], phi_k_BSKR.shape[1]
+    if causal and backend == "pallas" and (phi is None or S >= T):
+        return causal_attention(phi_q_BTNR, *(_as_long(x, T) for x in (phi_k_BSKR, v_BSKH)), phi)
+    if phi is not None:
+        phi_q_BTNR, phi_k_BSKR = phi(phi_q_BTNR), phi(phi_k_BSKR)
+        return linear_attention(phi_q_BTNR, phi_k_BSKR, v_BSKH, causal=causal, backend=backend)
     return divided(*kernel_sums(phi_q_BTNR, phi_k_BSKR, v_BSKH, causal=causal, backend=backend))
 
 
@@ -36,8 +49,8 @@ def kernel_sums(
     """
     B, T, N, R = phi_q_BTNR.shape
     S, K, H = v_BSKH.shape[1:]
-    if causal and backend != "xla":  # keys beyond the last query are never seen; missing ones are zeros, which add nothing
-        return SCANS[backend](phi_q_BTNR, *(jnp.pad(x[:, :T], ((0, 0), (0, T - min(T, S)), (0, 0), (0, 0))) for x in (phi_k_BSKR, v_BSKH)))
+    if causal and backend != "xla":
+        return SCANS[backend](phi_q_BTNR, *(_as_long(x, T) for x in (phi_k_BSKR, v_BSKH)))
     if backend == "native":
         return native_sums(phi_q_BTNR, phi_k_BSKR, v_BSKH, causal=False)
     wide = jnp.promote_types(v_BSKH.dtype, jnp.float32)
@@ -126,6 +139,11 @@ def with_ones(v_BSKH: Array) -> Array:
     """Values with a last one that is 1, float32 at least: its weighted sum is the sum of the weights."""
     wide = jnp.promote_types(v_BSKH.dtype, jnp.float32)
     return jnp.concatenate([v_BSKH.astype(wide), jnp.ones((*v_BSKH.shape[:3], 1), wide)], axis=-1)
+
+
+def _as_long(x_BSKX, T: int):
+    """As many keys as queries: those beyond the last query are never seen, missing ones are zeros, which add nothing."""
+    return jnp.pad(x_BSKX[:, :T], ((0, 0), (0, max(0, T - x_BSKX.shape[1])), (0, 0), (0, 0)))
 
 
 def _scan(q_BTKGR, k_BSKR, v_BSKH):

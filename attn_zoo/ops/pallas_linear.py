@@ -1,16 +1,21 @@
 """The causal scans of linearized attention as Pallas kernels, for NVIDIA GPUs: what flash-linear-attention is to PyTorch.
 
 Two kernels (see pallas_linear_kernels) forwards: the states at the boundaries of chunks, in sequence, then the outputs of all chunks at once. Backwards the
-states are computed again, then their gradients by the same kernel from the end on, and those of the inputs for all chunks at once: memory is O(T), and
-nothing is kept but the inputs. They are compiled by Pallas' Triton backend, like those of pallas_attention; what belongs to it stands in `_Kernels.call` alone.
+gradients of the states, by the same kernel from the end on, then those of the inputs for all chunks at once. Memory is O(T): the states are kept, which are
+R / chunk of the values. They are compiled by Pallas' Triton backend, like those of pallas_attention; what belongs to it stands in `Run.call` alone.
+
+A sequence at a time would leave most of a GPU idle where there are few: it is cut into segments, whose states begin at zero, and which are sequences of the
+batch to all that follows. What the state before a segment adds is known when all are done.
 """
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
@@ -22,22 +27,36 @@ from attn_zoo.spec import Unsupported
 INTERPRET = False  # tests set it: the kernels then run on any device, slowly
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 MOST_CORRECTED = 256  # features of a delta rule, whose programs hold all of them at once: with 512, compiled ones spill a kilobyte a thread
+PROGRAMS = 512  # that go through segments side by side, where sequences and heads alone are fewer: some four for each processor of a large GPU
+LEAST_CHUNKS = 4  # of a segment
+Wanted = Literal["both", "first", "ratio"]  # of the two sums, with values and with 1 for them
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How a problem is computed: positions of a chunk, the inputs' dtype, and the tiles of the kernels that it runs, each by its name in tuning.SCANS."""
+    """How a problem is computed: positions of a chunk, the inputs' dtype, and the tiles of the kernels that it runs, each by its name in tuning.SCANS.
+
+    segments: of each sequence; phi: what makes features of the numbers in queries and keys, or None.
+    """
 
     chunk: int
     dtype: Any
     tiles: tuple[tuple[str, ScanTile], ...]
+    segments: int = 1
+    phi: Callable[[jax.Array], jax.Array] | None = None
 
     @classmethod
-    def of(cls, chunk: int, dtype, R: int, H: int, kernels) -> "Plan":
+    def of(cls, chunk: int, dtype, R: int, H: int, kernels, phi=None) -> "Plan":
         """The tuned tiles of these kernels, no wider than R features and H values need."""
         tuned = {kernel: scan_tile(kernel, dtype, H) for kernel in kernels}
         tiles = {name: dataclasses.replace(t, features=fit(t.features, R), values=fit(t.values, H)) for name, t in tuned.items()}
-        return cls(chunk, jnp.dtype(dtype), tuple(tiles.items()))
+        return cls(chunk, jnp.dtype(dtype), tuple(tiles.items()), phi=phi)
+
+    def in_segments(self, heads: int, T: int, R: int, H: int) -> "Plan":
+        """The same with as many segments as keep a GPU busy, for this many key heads of all sequences; whole chunks and tiles."""
+        tile, chunks = dict(self.tiles)["states"], T // self.chunk
+        wanted = PROGRAMS // (heads * (R // tile.features) * (H // tile.values))
+        return dataclasses.replace(self, segments=max(n for n in range(1, max(1, min(wanted, chunks // LEAST_CHUNKS)) + 1) if chunks % n == 0))
 
     @property
     def widest(self) -> tuple[int, int]:
@@ -46,7 +65,19 @@ class Plan:
 
     def form(self, kernel: str) -> Form:
         tile = dict(self.tiles)[kernel]
-        return Form(self.chunk, tile.features, tile.values, self.dtype, INTERPRET)
+        return Form(self.chunk, tile.features, tile.values, self.dtype, self.phi, INTERPRET)
+
+
+class States(NamedTuple):
+    """The states before every chunk [B, K, C, R, H], or their gradients after it, of a segment alone; and totals, [B, K, C, R], which are whole, or None.
+
+    left [B, K, C] of the state before the segment, start [B, K, R, H], are to be added: all of it if `left` is None, nothing if `start` is.
+    """
+
+    local: Any
+    start: Any
+    left: Any
+    totals: Any
 
 
 def serves(dtype, corrected: int = 0) -> bool | str:
@@ -68,11 +99,23 @@ def causal_sums(
     L = None
     if log_decay_BTK is not None:
         # Of a decay that is a constant XLA would compute the sums while it compiles, for ten seconds and more.
-        steps = lax.optimization_barrier(_pad(log_decay_BTK.astype(jnp.float32), {1: v.shape[1]})).reshape(len(v), -1, plan.chunk, v.shape[2])
+        steps = lax.optimization_barrier(_pad(log_decay_BTK.astype(jnp.float32), {1: plan.segments * v.shape[1]})).reshape(len(v), -1, plan.chunk, v.shape[2])
         L = jnp.moveaxis(jnp.cumsum(steps, axis=2).reshape(*v.shape[:2], -1), 1, 2)
-    o, norm = _scan(plan, True, q, k, v, L, None)
-    T, H = q_BTNR.shape[1], v_BTKH.shape[3]
-    return o[:, :T, :, :H].astype(jnp.float32), norm[..., :T].swapaxes(1, 2)
+    o, norm = _scan(plan, "both", q, k, v, L, None)
+    (B, T, N, _), H = q_BTNR.shape, v_BTKH.shape[3]
+    return _cut(o, B, T, H), norm.swapaxes(1, 2).reshape(B, -1, N)[:, :T]
+
+
+def causal_attention(
+    q_BTNR: Float[Array, "B T N R"], k_BTKR: Float[Array, "B T K R"], v_BTKH: Float[Array, "B T K H"], phi: Callable[[Array], Array] | None = None
+) -> Float[Array, "B T N H"]:
+    """The first of the sums above over the second, float32, without decay; zeros where that is zero or subnormal. See ops.linear.
+
+    phi, a function of single numbers that JAX differentiates, is applied to q and k in the kernels, which then read them in the dtype that `causal_sums` has for
+    features. The quotient of bfloat16 values is rounded to bfloat16 once. Raises Unsupported as above.
+    """
+    plan, (q, k, v) = _whole(None, q_BTNR, k_BTKR, v_BTKH, phi=phi)
+    return _cut(_scan(plan, "ratio", q, k, v, None, None), *q_BTNR.shape[:2], v_BTKH.shape[3])
 
 
 def corrected_sums(
@@ -83,49 +126,68 @@ def corrected_sums(
     chunk: positions, a power of two of at least 16. Raises Unsupported, with the reason, for what `serves` refuses.
     """
     plan, (q, k, w, u) = _whole(chunk, q_BTNR, k_BTKR, w_BTKR, u_BTKH, corrected=k_BTKR.shape[3])
-    return _scan(plan, False, q, k, u, None, w)[0][:, : q_BTNR.shape[1], :, : u_BTKH.shape[3]].astype(jnp.float32)
+    return _cut(_scan(plan, "first", q, k, u, None, w), *q_BTNR.shape[:2], u_BTKH.shape[3])
 
 
-def _whole(chunk: int | None, *arrays, corrected: int = 0):
-    """(plan, arrays): in one dtype, bfloat16 if the values are, and in whole chunks and tiles. The first arrays are [..., R], the last one [..., H]. None: the tuned chunk."""
+def _whole(chunk: int | None, *arrays, corrected: int = 0, phi=None):
+    """(plan, arrays): in one dtype, bfloat16 if the values are, in whole chunks and tiles, and in segments, of which each is a sequence of the batch.
+
+    The first arrays are [..., R], the last one [..., H]. None: the tuned chunk.
+    """
     dtype = arrays[-1].dtype if arrays[-1].dtype == jnp.bfloat16 else jnp.result_type(*arrays)
     reason = serves(dtype, corrected)
     if reason is not True:
         raise Unsupported(f"the Pallas kernels cannot serve here: {reason}")
-    (T, _, R), H = arrays[0].shape[1:], arrays[-1].shape[3]
+    (B, T, _, R), (K, H) = arrays[0].shape, arrays[-1].shape[2:]
     kernels = [kernel for kernel in SCANS if kernel != ("states" if corrected else "corrected")]
-    plan = Plan.of(fit(chunk or scan_chunk(dtype, H), T), dtype, R, H, kernels)
+    plan = Plan.of(fit(chunk or scan_chunk(dtype, H), T), dtype, R, H, kernels, phi)
     ceil = lambda size, step: -(-size // step) * step
     length, R, H = (ceil(*pair) for pair in zip((T, R, H), (plan.chunk, *plan.widest), strict=True))
-    return plan, [_pad(x.astype(dtype), {1: length, 3: H if x is arrays[-1] else R}) for x in arrays]
+    if phi is not None and R != arrays[0].shape[3]:  # the features of what is padded need not be 0
+        arrays, plan = (*map(phi, arrays[:2]), arrays[2]), dataclasses.replace(plan, phi=None)
+    if not corrected:  # what a delta rule adds to a state depends on the state
+        plan = plan.in_segments(B * K, length, R, H)
+    arrays = [_pad(x.astype(dtype), {1: length, 3: H if x is arrays[-1] else R}) for x in arrays]
+    return plan, [x.reshape(B * plan.segments, length // plan.segments, *x.shape[2:]) for x in arrays]
+
+
+def _cut(o, B: int, T: int, H: int):
+    """[B, T, N, H], float32, of what is in segments and padded."""
+    return o.reshape(B, -1, *o.shape[2:])[:, :T, :, :H].astype(jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _scan(plan: Plan, normed: bool, q, k, v, L, w):
-    """(o, norm [B, N, T] or None) of arrays in whole chunks and tiles; L [B, K, T] is None without decay, w without a correction. v is U where there is w."""
+def _scan(plan: Plan, wanted: Wanted, q, k, v, L, w):
+    """What is wanted, o [B, T, N, H] or (o, norm [B, N, T]), of arrays in whole chunks and tiles; L [B, K, T] is None without decay, w without a correction.
+
+    v is U where there is w.
+    """
+    return _scan_fwd(plan, wanted, q, k, v, L, w)[0]
+
+
+def _scan_fwd(plan, wanted, q, k, v, L, w):
     run = Run(plan, q, v)
-    states, totals, values = run.states(k, v, L, w, normed)
-    return run.outputs(q, k, values, L, states, totals)
+    states, values = run.states(k, v, L, w, wanted != "first")
+    o, norm = run.outputs(q, k, values, L, states, wanted == "ratio")
+    ratio, inverse = (o, norm) if wanted == "ratio" else (None, None)
+    return (o, norm) if wanted == "both" else o, (q, k, v, L, w, states, values, ratio, inverse)
 
 
-def _scan_fwd(plan, normed, *inputs):
-    return _scan(plan, normed, *inputs), inputs
-
-
-def _scan_bwd(plan, normed, inputs, cotangents):
-    q, k, v, L, w = inputs
-    do, dnorm = cotangents
+def _scan_bwd(plan, wanted, kept, cotangents):
+    q, k, v, L, w, states, values, ratio, scale = kept
     run = Run(plan, q, v)
-    states, totals, values = run.states(k, v, L, w, normed)
+    do, dnorm = cotangents if wanted == "both" else (cotangents, None)
+    if wanted == "ratio":
+        dnorm = -jnp.sum(ratio.astype(jnp.float32) * do.astype(jnp.float32), axis=3).swapaxes(1, 2)
     dw = None
     if w is None:
-        dstates, dtotals, _ = run.state_gradients(q, do, dnorm, L)
-        dv = run.dv(q, k, do, L, dstates)
+        dstates, _ = run.state_gradients(q, do, dnorm, scale, L)
+        dv = run.dv(q, k, do, scale, L, dstates)
     else:
-        dstates, dtotals, dv = run.state_gradients(q, do, dnorm, L, correction=(-w, k, run.dv(q, k, do, L, None)))
+        dstates, dv = run.state_gradients(q, do, dnorm, scale, L, correction=(-w, k, run.dv(q, k, do, scale, L, None)))
         chunks = dv.reshape(len(dv), -1, plan.chunk, *dv.shape[2:])
-        dw = -jnp.einsum("BCSKH,BKCRH->BCSKR", chunks, states, precision="highest").reshape(w.shape).astype(w.dtype)
-    dq, dk, dL = run.dqk(q, k, values, do, dnorm, L, states, dstates, totals, dtotals)
+        dw = -jnp.einsum("BCSKH,BKCRH->BCSKR", chunks, states.local, precision="highest").reshape(w.shape).astype(w.dtype)
+    dq, dk, dL = run.dqk(q, k, values, do, dnorm, scale, L, states, dstates)
     return dq, dk, dv, dL, dw
 
 
@@ -137,7 +199,7 @@ class Run:
 
     An array is given with its axes, a letter each, which name the part that one program has: b its sequence; n its head, k the key head of its query head, g
     the G query heads of its key head; i its chunk and t the positions of it; r and h its tile of features and of values, x and y the number of that tile. C, T,
-    R and H are all chunks, positions, features and values, and 0 is the first of all.
+    R and H are all chunks, positions, features and values.
     """
 
     def __init__(self, plan: Plan, q, v):
@@ -146,43 +208,78 @@ class Run:
         self.C = self.T // plan.chunk
         self.dtype, self.factor = plan.dtype, factor_of(plan.dtype)
 
-    def states(self, k, v, L, w, normed: bool):
-        """(states before every chunk [B, K, C, R, H], totals [y, B, K, C, R] or None, values corrected by w, or v itself)."""
+    def states(self, k, v, L, w, normed: bool) -> tuple[States, Array]:
+        """(the states before every chunk, values corrected by w, or v itself)."""
         if w is not None:
-            return self._states((None, None, None), (k, -w, v), L, normed, reverse=False)
-        states, totals, _ = self._states((k, v, None), None, L, normed, reverse=False)
-        return states, totals, v
+            return self._states((None, None, None, None), (k, -w, v), L, normed, reverse=False)
+        return self._states((k, v, None, None), None, L, normed, reverse=False)[0], v
 
-    def state_gradients(self, q, do, dnorm, L, correction=None):
-        """(gradients of the states after every chunk, those of totals or None, those of the values corrected, or None)."""
-        return self._states((q, do, dnorm), correction, L, dnorm is not None, reverse=True)
+    def state_gradients(self, q, do, dnorm, scale, L, correction=None) -> tuple[States, Array | None]:
+        """(gradients of the states after every chunk, those of the values corrected, or None)."""
+        return self._states((q, do, scale, dnorm), correction, L, dnorm is not None, reverse=True)
 
     def _states(self, given, correction, L, normed: bool, reverse: bool):
-        """Of given (k, v, one) and correction (write, read, offset)."""
-        k, v, one = given
+        """Of given (k, v, scale, one) and correction (write, read, offset)."""
+        k, v, scale, one = given
         write, read, offset = correction or (None, None, None)
         name, part = ("corrected", "R") if correction else ("states", "r")
-        inputs = [(L, "bnT"), (k, f"bTg{part}"), (v, "bTgh"), (one, "bgT"), (write, "bTnR"), (read, "bTnR"), (offset, "bTnh")]
+        inputs = [(L, "bnT"), (k, f"bTg{part}"), (v, "bTgh"), (scale, "bgT"), (one, "bgT"), (write, "bTnR"), (read, "bTnR"), (offset, "bTnh")]
+        ends = jnp.float32 if self.plan.segments > 1 else None
         outputs = [(self.factor, f"bnC{part}h"), (jnp.float32 if normed else None, f"ybnC{part}"), (self.dtype if correction else None, "bTnh")]
+        outputs += [(ends, f"bn{part}h"), (ends if normed else None, f"ybn{part}")]
         group = 1 if k is None else k.shape[2] // self.K
-        return self.call(name, states_kernel, inputs, outputs, self.K, "h" if correction else "rh", group=group, reverse=reverse)
+        local, totals, values, end, total_end = self.call(
+            name, states_kernel, inputs, outputs, self.K, "h" if correction else "rh", group=group, reverse=reverse
+        )
+        totals, start, left = None if totals is None else totals[0], None, None
+        if end is not None:
+            start, left = self._before(end, L, reverse).astype(self.factor), self._left(L, reverse)
+            if totals is not None:
+                start_totals = self._before(total_end[0], L, reverse)[:, :, None]
+                totals = totals + (start_totals if left is None else left[..., None] * start_totals)
+        return States(local, start, left, totals), values
 
-    def outputs(self, q, k, v, L, states, totals):
-        """(o [B, T, N, H], as factors are, norm [B, N, T] or None, float32)."""
-        inputs = [(L, "bkt"), (q, "btnR"), (k, "btkR"), (v, "btkh"), (states, "bkiRh"), (totals, "0bkiR")]
-        outputs = [(self.factor, "btnh"), (None if totals is None else jnp.float32, "ybnt")]
-        o, norm = self.call("output", output_kernel, inputs, outputs, self.N, "hi")
+    def _before(self, ends, L, reverse: bool):
+        """The states before segments, of those that each segment ends with when it begins at zero, [B, K, R, ...]; with `reverse` those after them."""
+        s = self.plan.segments
+        past = np.tri(s, k=-1, dtype=np.float32).T if reverse else np.tri(s, k=-1, dtype=np.float32)
+        ends = ends.reshape(-1, s, *ends.shape[1:])
+        if L is None:
+            return jnp.einsum("ij,bj...->bi...", past, ends, precision="highest").reshape(-1, *ends.shape[2:])
+        through = self._lasts(L).sum(axis=2).reshape(-1, s, self.K)  # the log of what is left of a state after a segment
+        total = jnp.cumsum(through, axis=1)
+        # From the end of j to the beginning of i, or backwards from the beginning of j to the end of i.
+        gap = total[:, None, :] - total[:, :, None] - through[:, None, :] if reverse else total[:, :, None] - through[:, :, None] - total[:, None, :]
+        weights = jnp.exp(jnp.where(past[..., None] > 0, gap, -jnp.inf))
+        return jnp.einsum("bijn,bjn...->bin...", weights, ends, precision="highest").reshape(-1, *ends.shape[2:])
+
+    def _left(self, L, reverse: bool):
+        """What is left before each chunk of the state before the segment, [B, K, C], or, with `reverse`, after it of the gradient from beyond; None if all of it."""
+        return None if L is None else jnp.exp(lax.cumsum(self._lasts(L), axis=2, reverse=reverse) - self._lasts(L))
+
+    def _lasts(self, L):
+        """L at the last position of each chunk, [B, K, C]."""
+        return L.reshape(*L.shape[:2], self.C, self.plan.chunk)[..., -1]
+
+    def outputs(self, q, k, v, L, states: States, divided: bool):
+        """(o [B, T, N, H], as factors are, norm [B, N, T] or None, float32); divided: o / norm, and 1 / norm, zeros where it would not be finite."""
+        inputs = [(L, "bkt"), (q, "btnR"), (k, "btkR"), (v, "btkh"), (states.local, "bkiRh"), (states.start, "bkRh"), (states.left, "bki"), (states.totals, "bkiR")]
+        outputs = [(self.factor, "btnh"), (None if states.totals is None else jnp.float32, "ybnt")]
+        o, norm = self.call("output", output_kernel, inputs, outputs, self.N, "hi", divided=divided)
         return o, None if norm is None else norm[0]
 
-    def dv(self, q, k, do, L, dstates):
+    def dv(self, q, k, do, scale, L, dstates: States | None):
         """[B, T, K, H]; the part of it within chunks, if without `dstates`."""
-        inputs = [(L, "bnt"), (q, "btgR"), (k, "btnR"), (do, "btgh"), (dstates, "bniRh")]
+        local, start, left, _ = dstates or States(None, None, None, None)
+        inputs = [(L, "bnt"), (q, "btgR"), (k, "btnR"), (do, "btgh"), (scale, "bgt"), (local, "bniRh"), (start, "bnRh"), (left, "bni")]
         return self.call("dv", dv_kernel, inputs, [(self.dtype, "btnh")], self.K, "hi")[0]
 
-    def dqk(self, q, k, v, do, dnorm, L, states, dstates, totals, dtotals):
+    def dqk(self, q, k, v, do, dnorm, scale, L, states: States, dstates: States):
         """(dq, dk, dL [B, K, T] or None)."""
-        inputs = [(L, "bnt"), (q, "btgr"), (k, "btnr"), (v, "btnH"), (do, "btgH"), (dnorm, "bgt")]
-        inputs += [(states, "bnirH"), (dstates, "bnirH"), (totals, "0bnir"), (dtotals, "0bnir")]
+        inputs = [(L, "bnt"), (q, "btgr"), (k, "btnr"), (v, "btnH"), (do, "btgH"), (dnorm, "bgt"), (scale, "bgt")]
+        for x in (states, dstates):
+            inputs += [(x.local, "bnirH"), (x.start, "bnrH"), (x.left, "bni")]
+        inputs += [(states.totals, "bnir"), (dstates.totals, "bnir")]
         outputs = [(self.dtype, "btgr"), (self.dtype, "btnr"), (None if L is None else jnp.float32, "xbnt")]
         dq, dk, dL = self.call("dqk", dqk_kernel, inputs, outputs, self.K, "ri")
         return dq, dk, None if dL is None else dL.sum(axis=0)
@@ -209,7 +306,6 @@ class Run:
             "h": (self.H, form.h_tile, lambda r, h, i, n, b: h),
             "x": (r, None, lambda r, h, i, n, b: r),
             "y": (h, None, lambda r, h, i, n, b: h),
-            "0": (1, None, lambda r, h, i, n, b: 0),
         } | {letter: (size, size, lambda r, h, i, n, b: 0) for letter, size in zip("CTRH", (self.C, self.T, self.R, self.H))}
 
         def spec(letters):

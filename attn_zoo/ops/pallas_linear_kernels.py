@@ -6,16 +6,21 @@ last number L_c, and S the state before the chunk,
 
     o_t = exp(L_t) S' q_t + sum_{j <= t} exp(L_t - L_j) (q_t'k_j) v_j,    S <- exp(L_c) S + sum_j exp(L_c - L_j) k_j v_j'.
 
-One kernel goes through the sequence and leaves the state before every chunk, of which each program carries one tile; the others take all chunks at once. The
-gradient of the states is the same recurrence from the end, dS <- exp(L_c) dS + sum_t exp(L_t) q_t do_t', so the same kernel runs it. With the delta rule
+One kernel goes through a sequence, or a segment of one, and leaves the state before every chunk, of which each program carries one tile; the others take all
+chunks at once, and add to that state what is left of the one before the segment. The gradient of the states is the same recurrence from the end,
+dS <- exp(L_c) dS + sum_t exp(L_t) q_t do_t', so the same kernel runs it. With the delta rule
 (see ops.delta) what is written is corrected by what the state held, x = U - W S and S <- S + K'x, and backwards dx = (its part of the chunk) + K dS and
 dS <- dS + Q'do - W'dx: both are x = offset + read S, S <- S + write'x.
+
+What is asked for may be o_t / n_t. With r_t = 1 / n_t its gradients are those of the sums with queries r_t q_t, of outputs do_t, and of totals -o_t'do_t: kernels
+of the backward pass are given r, and multiply queries by it. Queries and keys may be features phi(x) of single numbers x, made when x has been read.
 
 Bodies use references, loops and products alone, which Pallas' compilers for NVIDIA GPUs share. A reference that a problem has no use for is None. All that
 products need is read before the first of them: the compiler leaves reads where they are written, and one between products would be waited for with nothing to do.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -33,17 +38,30 @@ def factor_of(dtype):
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """What a kernel knows at compile time: positions of a chunk, features and values of a tile (powers of two, at least 16), the inputs' dtype, who runs it."""
+    """What a kernel knows at compile time: positions of a chunk, features and values of a tile (powers of two, at least 16), the inputs' dtype, phi, who runs it."""
 
     chunk: int
     r_tile: int
     h_tile: int
     dtype: Any
+    phi: Callable[[jax.Array], jax.Array] | None
     interpret: bool
 
     @property
     def factor(self):
         return factor_of(self.dtype)
+
+    def features(self, x):
+        """phi(x), rounded as if it had been made before and read here."""
+        return x if self.phi is None else self.phi(x.astype(jnp.float32)).astype(self.factor)
+
+    def queries(self, x, scale):
+        """Rows of features, [c, r], times a number each, or 1 if None."""
+        return self.features(x) if scale is None else by_row(scale, self.features(x).astype(jnp.float32)).astype(self.factor)
+
+    def gradient(self, x, dphi):
+        """Of x, from that of its features."""
+        return dphi if self.phi is None else jax.vjp(self.phi, x.astype(jnp.float32))[1](dphi)[0]
 
     def dot(self, a, b, a_axis: int, b_axis: int):
         """The product of two matrices over these axes, in float32."""
@@ -86,13 +104,30 @@ class Decay:
         return products * jnp.exp(jnp.where(seen, gap, -jnp.inf))  # masked before the exponential, which could overflow
 
 
-def states_kernel(
-    decay_ref, k_ref, v_ref, one_ref, write_ref, read_ref, offset_ref, state_ref, total_ref, x_ref, *, form: Form, reverse: bool
-):
-    """The states of one key head before every chunk, [C, r, h], and the totals z, [C, r]; with `reverse` their gradients after it.
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """References to the states of one chunk, [R, h]: `local`, of its segment alone, to which that before the segment adds what is left of it; None without segments."""
 
-    Of k [T, G, r] and v [T, G, h], of the G heads that share the state (`one`, [G, T], is for the total what v is for the state; None means 1), and of
-    the correction's write and read, [T, R], and offset, [T, h], whose x is [T, h]. With a correction a program has all R features, in tiles.
+    local: Any
+    start: Any
+    left: Any
+
+    def __getitem__(self, tile):
+        state = self.local[tile]
+        if self.start is None:
+            return state
+        start = self.start[tile].astype(jnp.float32)
+        return state.astype(jnp.float32) + (start if self.left is None else self.left[...] * start)
+
+
+def states_kernel(
+    decay_ref, k_ref, v_ref, scale_ref, one_ref, write_ref, read_ref, offset_ref, state_ref, total_ref, x_ref, end_ref, total_end_ref, *, form: Form, reverse: bool
+):
+    """The states of one key head before every chunk, [C, r, h], and after the last one, and the same of totals z, [C, r]; with `reverse` their gradients, from the end on.
+
+    Of k [T, G, r] and v [T, G, h], of the G heads that share the state (k is multiplied by `scale`, [G, T], and `one`, the same, is for the total what v is for
+    the state; None means 1), and of the correction's write and read, [T, R], and offset, [T, h], whose x is [T, h]. With a correction a program has all R
+    features, in tiles.
     """
     chunks, R = state_ref.shape[:2]
     tiles = [pl.ds(r, form.r_tile) for r in range(0, R, form.r_tile)]
@@ -117,7 +152,8 @@ def states_kernel(
         def head(g, carry):
             states, total = carry
             v = v_ref[rows, g, :]
-            k = [(fade.since_start if reverse else fade.until_end)(k_ref[rows, g, tile].astype(jnp.float32)) for tile in tiles]
+            k = [form.queries(k_ref[rows, g, tile], None if scale_ref is None else scale_ref[g, rows]).astype(jnp.float32) for tile in tiles]
+            k = [(fade.since_start if reverse else fade.until_end)(k) for k in k]
             if total is not None:
                 total = total + jnp.sum(k[0] if one_ref is None else by_row(one_ref[g, rows], k[0]), axis=0)
             return [state + form.dot(k, v, 0, 0) for state, k in zip(states, k)], total
@@ -125,58 +161,83 @@ def states_kernel(
         return faded if k_ref is None else repeat(k_ref.shape[1], head, faded)
 
     zero = [zeros(form.r_tile, form.h_tile) for _ in tiles]
-    repeat(chunks, step, (zero, None if total_ref is None else zeros(R)))
+    states, total = repeat(chunks, step, (zero, None if total_ref is None else zeros(R)))
+    if end_ref is not None:
+        for tile, state in zip(tiles, states):
+            end_ref[tile, :] = state
+    if total_end_ref is not None:
+        total_end_ref[...] = total
 
 
-def output_kernel(decay_ref, q_ref, k_ref, v_ref, state_ref, total_ref, o_ref, norm_ref, *, form: Form):
-    """One chunk of one query head: o [c, h] and n [c], of q, k [c, R], v [c, h], and the state [R, h] and total [R] before the chunk."""
+def output_kernel(decay_ref, q_ref, k_ref, v_ref, state_ref, start_ref, left_ref, total_ref, o_ref, norm_ref, *, form: Form, divided: bool):
+    """One chunk of one query head: o [c, h] and n [c], or o / n and 1 / n, of q, k [c, R], v [c, h], and the state [R, h] and total [R] before the chunk."""
     c, R = q_ref.shape
-    fade, v = Decay.read(decay_ref, 0, c), v_ref[...]
+    fade, v, held = Decay.read(decay_ref, 0, c), v_ref[...], Held(state_ref, start_ref, left_ref)
 
     def features(tile, carry):
         products, o, norm = carry
-        q, k, state = q_ref[:, tile], k_ref[:, tile], state_ref[tile, :]
+        q, k, state = form.features(q_ref[:, tile]), form.features(k_ref[:, tile]), held[tile, :]
         if norm is not None:
             norm = norm + jnp.sum(q.astype(jnp.float32) * total_ref[tile][None, :], axis=1)
         return products + form.dot(q, k, 1, 1), o + form.dot(q, state, 1, 0), norm
 
     products, o, norm = over_tiles(R, form.r_tile, features, (zeros(c, c), zeros(c, form.h_tile), None if norm_ref is None else zeros(c)))
     scores = fade.within(products)
-    o_ref[...] = (fade.since_start(o) + form.dot(scores, v, 1, 0)).astype(o_ref.dtype)
+    o = fade.since_start(o) + form.dot(scores, v, 1, 0)
     if norm_ref is not None:
-        norm_ref[...] = fade.since_start(norm) + jnp.sum(scores, axis=1)
+        norm = fade.since_start(norm) + jnp.sum(scores, axis=1)
+        if divided:
+            none = norm < jnp.finfo(norm.dtype).tiny
+            norm = jnp.where(none, 0.0, 1 / jnp.where(none, 1.0, norm))
+            o = by_row(norm, o)
+        norm_ref[...] = norm
+    o_ref[...] = o.astype(o_ref.dtype)
 
 
-def dv_kernel(decay_ref, q_ref, k_ref, do_ref, dstate_ref, dv_ref, *, form: Form):
-    """One chunk of one key head: dv [c, h], of q [c, G, R], k [c, R], do [c, G, h] and, if given, the gradient [R, h] of the state after the chunk."""
+def dv_kernel(decay_ref, q_ref, k_ref, do_ref, scale_ref, dstate_ref, dstart_ref, dleft_ref, dv_ref, *, form: Form):
+    """One chunk of one key head: dv [c, h], of q [c, G, R] and its scale [G, c], k [c, R], do [c, G, h] and, if given, the gradient [R, h] of the state after the chunk."""
     c, R = k_ref.shape
-    fade = Decay.read(decay_ref, 0, c)
+    fade, held = Decay.read(decay_ref, 0, c), Held(dstate_ref, dstart_ref, dleft_ref)
 
     def head(g, dv):
-        products = over_tiles(R, form.r_tile, lambda tile, sum_: sum_ + form.dot(k_ref[:, tile], q_ref[:, g, tile], 1, 1), zeros(c, c))
+        scale = None if scale_ref is None else scale_ref[g, :]
+
+        def features(tile, products):
+            q, k = form.queries(q_ref[:, g, tile], scale), form.features(k_ref[:, tile])
+            return products + form.dot(k, q, 1, 1)
+
+        products = over_tiles(R, form.r_tile, features, zeros(c, c))
         return dv + form.dot(fade.within(products, keys_first=True), do_ref[:, g, :], 1, 0)
+
+    def read(tile, dv):
+        k, dstate = form.features(k_ref[:, tile]), held[tile, :]
+        return dv + form.dot(k, dstate, 1, 0)
 
     dv = zeros(c, form.h_tile)
     if dstate_ref is not None:
-        dv = fade.until_end(over_tiles(R, form.r_tile, lambda tile, sum_: sum_ + form.dot(k_ref[:, tile], dstate_ref[tile, :], 1, 0), dv))
+        dv = fade.until_end(over_tiles(R, form.r_tile, read, dv))
     dv_ref[...] = repeat(q_ref.shape[1], head, dv).astype(dv_ref.dtype)
 
 
-def dqk_kernel(decay_ref, q_ref, k_ref, v_ref, do_ref, dnorm_ref, state_ref, dstate_ref, total_ref, dtotal_ref, dq_ref, dk_ref, dL_ref, *, form: Form):
+def dqk_kernel(
+    decay_ref, q_ref, k_ref, v_ref, do_ref, dnorm_ref, scale_ref, state_ref, start_ref, left_ref, dstate_ref, dstart_ref, dleft_ref, total_ref, dtotal_ref,
+    dq_ref, dk_ref, dL_ref, *, form: Form,
+):  # fmt: skip
     """One chunk of one key head, a tile of features: dq [c, G, r], dk [c, r], and these features' part of dL [c].
 
-    Of q [c, G, r], k [c, r], v [c, H], do [c, G, H], dnorm [G, c], the state before the chunk and the gradient of the one after it, [r, H], and the same of
-    totals, [r]. exp(L_t) is a factor of all that q_t reads, 1 / exp(L_t) of all that k_t gives: dL_t = q_t'dq_t - k_t'dk_t. The last one is a factor of the
-    state that goes on, too.
+    Of q [c, G, r], k [c, r], v [c, H], do [c, G, H], dnorm and the scale of q [G, c], the state before the chunk and the gradient of the one after it, [r, H],
+    and the same of totals, [r]. exp(L_t) is a factor of all that q_t reads, 1 / exp(L_t) of all that k_t gives: dL_t = q_t'dq_t - k_t'dk_t. The last one is a
+    factor of the state that goes on, too.
     """
     c, H = v_ref.shape
-    fade, k = Decay.read(decay_ref, 0, c), k_ref[...].astype(jnp.float32)
+    fade, k = Decay.read(decay_ref, 0, c), form.features(k_ref[...]).astype(jnp.float32)
+    before, after = Held(state_ref, start_ref, left_ref), Held(dstate_ref, dstart_ref, dleft_ref)
 
     def written(tile, carry):
         dk, overlap = carry
-        v, dstate = v_ref[:, tile], dstate_ref[:, tile]
+        v, dstate = v_ref[:, tile], after[:, tile]
         if overlap is not None:
-            overlap = overlap + jnp.sum(state_ref[:, tile].astype(jnp.float32) * dstate.astype(jnp.float32))
+            overlap = overlap + jnp.sum(before[:, tile].astype(jnp.float32) * dstate.astype(jnp.float32))
         return dk + form.dot(v, dstate, 1, 1), overlap
 
     dk, overlap = over_tiles(H, form.h_tile, written, (zeros(*k.shape), None if dL_ref is None else jnp.float32(0)))
@@ -188,11 +249,12 @@ def dqk_kernel(decay_ref, q_ref, k_ref, v_ref, do_ref, dnorm_ref, state_ref, dst
 
     def head(g, carry):
         dk, dL = carry
-        q = q_ref[:, g, :]
+        scale = None if scale_ref is None else scale_ref[g, :]
+        q = form.queries(q_ref[:, g, :], scale)
 
         def read(tile, carry):
             products, dq = carry
-            do, v, state = do_ref[:, g, tile], v_ref[:, tile], state_ref[:, tile]
+            do, v, state = do_ref[:, g, tile], v_ref[:, tile], before[:, tile]
             return products + form.dot(do, v, 1, 1), dq + form.dot(do, state, 1, 1)
 
         products, dq = over_tiles(H, form.h_tile, read, (zeros(c, c), zeros(*k.shape)))
@@ -201,11 +263,12 @@ def dqk_kernel(decay_ref, q_ref, k_ref, v_ref, do_ref, dnorm_ref, state_ref, dst
             products, dq = products + dnorm, dq + dnorm * total_ref[...][None, :]
         dscores = fade.within(products)
         dq = fade.since_start(dq) + form.dot(dscores, k, 1, 0)
-        dq_ref[:, g, :] = dq.astype(dq_ref.dtype)
-        return dk + form.dot(dscores, q, 0, 0), None if dL is None else dL + jnp.sum(q.astype(jnp.float32) * dq, axis=1)
+        dL = None if dL is None else dL + jnp.sum(q.astype(jnp.float32) * dq, axis=1)
+        dq_ref[:, g, :] = form.gradient(q_ref[:, g, :], dq if scale is None else by_row(scale, dq)).astype(dq_ref.dtype)
+        return dk + form.dot(dscores, q, 0, 0), dL
 
     dk, dL = repeat(q_ref.shape[1], head, (dk, dL))
-    dk_ref[...] = dk.astype(dk_ref.dtype)
+    dk_ref[...] = form.gradient(k_ref[...], dk).astype(dk_ref.dtype)
     if dL_ref is not None:
         dL_ref[...] = dL - jnp.sum(k * dk, axis=1)
 

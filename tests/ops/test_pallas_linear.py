@@ -10,11 +10,12 @@ from flax import nnx
 from tiny import ON_CPU
 
 from attn_zoo import make_attention
+from attn_zoo.attention.linear import elu
 from attn_zoo.ops import backends, decayed, pallas_linear as kernels
 from attn_zoo.ops.backends import choose_scan
 from attn_zoo.ops.decayed import decayed_sums
 from attn_zoo.ops.delta import delta_rule
-from attn_zoo.ops.linear import kernel_sums
+from attn_zoo.ops.linear import kernel_sums, linear_attention
 from attn_zoo.ops.tuning import scan_chunk
 from attn_zoo.spec import Unsupported, UserError
 
@@ -69,11 +70,20 @@ def corrects(q, k, v, log_decay, backend):
     return delta_rule(q, k, v, jnp.exp(20 * log_decay), backend=backend)  # rates in (0, 1)
 
 
-SCANS = {"linear": sums, "decayed": fades, "delta": corrects}
+def divides(q, k, v, log_decay, backend):
+    return linear_attention(elu(q), elu(k), v, causal=True, backend=backend)
+
+
+def maps(q, k, v, log_decay, backend):
+    return linear_attention(q, k, v, causal=True, backend=backend, phi=elu)
+
+
+SCANS = {"linear": sums, "decayed": fades, "delta": corrects, "divided": divides, "mapped": maps}
 SHAPES = {  # a chunk is 64 positions, a tile 32 features or values
     "T1-one-head": {"T": 1, "N": 1, "K": 1},
     "T63-K1-one-tile": {"T": 63, "N": 3, "K": 1},
     "T257-several-tiles": {"T": 257, "R": 40, "H": 35},
+    "T100-whole-tiles": {"T": 100, "R": 64, "H": 32},
 }
 
 
@@ -84,6 +94,38 @@ def test_equals_the_xla_scan(name, shape, interpreted):
     actual, expected = (results(functools.partial(SCANS[name], backend=backend), args) for backend in ("pallas", "xla"))
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(actual))
     assert_close(actual, expected, 3e-6)
+
+
+@pytest.mark.parametrize("name", ["linear", "decayed", "mapped"])
+@pytest.mark.parametrize("chunks, segments", [(8, 2), (15, 3), (24, 6)], ids=lambda n: str(n))
+def test_in_segments_it_is_the_same(name, chunks, segments, interpreted, monkeypatch):
+    """As of one sequence: what each segment begins with is what those before it have left."""
+    args = inputs(chunks * 16 - 5, N=2, K=1, R=16, H=16)
+    monkeypatch.setattr(kernels, "scan_chunk", lambda dtype, H: 16)
+    actual, expected = [], []
+    for programs, found in ((1, expected), (2 * segments, actual)):
+        monkeypatch.setattr(kernels, "PROGRAMS", programs)
+        plan, _ = kernels._whole(None, *args[:3])
+        assert plan.segments == (segments if found is actual else 1)
+        found += results(functools.partial(SCANS[name], backend="pallas"), args)
+    assert_close(actual, expected, 3e-6)
+
+
+def test_features_that_are_made_in_the_kernels_are_rounded_as_those_made_before(interpreted):
+    q, k, v, log_decay = inputs(70, R=32, H=16, dtype=jnp.bfloat16)
+    before = lambda q, k, v: linear_attention(*(elu(x.astype(jnp.float32)).astype(jnp.bfloat16) for x in (q, k)), v, causal=True, backend="pallas")
+    (actual, gradients), (expected, expected_gradients) = results(lambda *args: maps(*args, None, "pallas"), (q, k, v)), results(before, (q, k, v))
+    np.testing.assert_array_equal(actual, expected)
+    assert_close(gradients, expected_gradients, 2**-8)  # of the features' gradients, rounded on their way out
+
+
+def test_a_query_that_sees_nothing_is_zero(interpreted):
+    """Features of zero, of the first keys, and of one query later: the quotient is zero there, and so are its gradients."""
+    q, k, v, _ = inputs(40, N=1, K=1)
+    k, q = abs(k).at[:, :7].set(0), abs(q).at[:, 20].set(0)
+    o, (dq, dk, dv) = results(lambda q, k, v: linear_attention(q, k, v, causal=True, backend="pallas"), (q, k, v))
+    assert not o[:, :7].any() and not o[:, 20].any() and not dq[:, :7].any() and not dv[:, :7].any()
+    assert all(np.isfinite(x).all() for x in (o, dq, dk, dv)) and o[:, 7].any()
 
 
 def test_equals_a_loop(interpreted):
@@ -275,13 +317,14 @@ KERNELS = ("states_kernel", "output_kernel", "dv_kernel", "dqk_kernel")
 
 LOWERED = [(name, dtype, 64) for name in ("linear", "decayed") for dtype in kernels.DTYPES]
 LOWERED += [("linear", dtype, 256) for dtype in kernels.DTYPES] + [("delta", jnp.bfloat16, R) for R in (64, 256)]
+LOWERED += [("mapped", dtype, 64) for dtype in kernels.DTYPES]
 
 
 @pytest.mark.parametrize("name, dtype, R", LOWERED, ids=lambda x: x if isinstance(x, str | int) else jnp.dtype(x).name)
 def test_lowers_for_cuda(name, dtype, R):
-    """Forward and backward: the states twice, and their gradients by the same kernel."""
+    """Forward and backward: the states, and their gradients by the same kernel."""
     shapes = [jax.ShapeDtypeStruct((2, 1024, *rest), dtype) for rest in ((4, R), (2, R), (2, 64))] + [jax.ShapeDtypeStruct((2, 1024, 2), jnp.float32)]
     loss = lambda *args: sum(x.sum() for x in jax.tree.leaves(SCANS[name](*args, backend="pallas")))
     text = lowered(jax.value_and_grad(loss, (0, 1, 2, 3)), *shapes)
-    assert [text.count(f'name = "{kernel}"') for kernel in KERNELS] == [3, 1, 1, 1]
+    assert [text.count(f'name = "{kernel}"') for kernel in KERNELS] == [2, 1, 1, 1]
     assert "1024x1024" not in text, "a dense score matrix"
