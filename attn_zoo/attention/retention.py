@@ -49,8 +49,7 @@ class Retention(Attention):
             o_ahead, scores_ahead = (x[:, ::-1] for x in sums(*(x[:, ::-1] for x in (q_BTNH, k_BSKH, v_BSKH))))
             own_BTN = jnp.einsum("BTNH,BTNH->BTN", *(x.astype(o_BTNH.dtype) for x in (q_BTNH, repeat_kv(k_BSKH, N))))  # is in both
             o_BTNH, scores_BTN = o_BTNH + o_ahead - own_BTN[..., None] * repeat_kv(v_BSKH, N), scores_BTN + scores_ahead - own_BTN
-        scale_TN1 = self.score_scale(T)
-        return group_norm(o_BTNH * scale_TN1, scores_BTN[..., None] * scale_TN1)
+        return group_norm(o_BTNH, scores_BTN[..., None], self.score_scale(T))
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         T, N = q_BTNH.shape[1:3]
@@ -89,10 +88,13 @@ class Retention(Attention):
         return flops(self.options, B, T, S, d.num_heads, d.head_dim, d.causal, K=d.num_kv_heads)
 
 
-def group_norm(o_BTNH, scores_BTN1):
-    """Each head's output over max(|sum of its scores|, 1), and then over its root mean square."""
-    o_BTNH = o_BTNH / jnp.maximum(abs(jax.lax.stop_gradient(scores_BTN1)), 1)
-    return o_BTNH * (jnp.mean(jnp.square(o_BTNH), axis=-1, keepdims=True) + EPSILON) ** -0.5
+def group_norm(o_BTNH, scores_BTN1, scale=1.0):
+    """Each head's output over max(|sum of its scores|, 1), and then over its root mean square; scale: of both, to begin with.
+
+    What a row is multiplied by is found first, so that o itself is read and written once.
+    """
+    factor_BTN1 = scale / jnp.maximum(abs(jax.lax.stop_gradient(scores_BTN1)) * scale, 1)
+    return o_BTNH * (factor_BTN1 * (jnp.mean(jnp.square(o_BTNH), axis=-1, keepdims=True) * factor_BTN1**2 + EPSILON) ** -0.5)
 
 
 def flops(options: Options, B: int, T: int, S: int, N: int, H: int, causal: bool, K: int | None = None) -> float:

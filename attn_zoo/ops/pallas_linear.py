@@ -15,12 +15,11 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from attn_zoo.ops.pallas_linear_kernels import Form, dqk_kernel, dv_kernel, factor_of, output_kernel, states_kernel
+from attn_zoo.ops.pallas_linear_kernels import Form, dqk_kernel, dv_kernel, factor_of, output_kernel, starts_kernel, states_kernel
 from attn_zoo.ops.tuning import SCANS, ScanTile, fit, scan_chunk, scan_tile
 from attn_zoo.spec import Unsupported
 
@@ -29,12 +28,13 @@ DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 MOST_CORRECTED = 256  # features of a delta rule, whose programs hold all of them at once: with 512, compiled ones spill a kilobyte a thread
 PROGRAMS = 512  # that go through segments side by side, where sequences and heads alone are fewer: some four for each processor of a large GPU
 LEAST_CHUNKS = 4  # of a segment
+BETWEEN = ScanTile(16, 64, 4, 1)  # of the states between segments, at most
 Wanted = Literal["both", "first", "ratio"]  # of the two sums, with values and with 1 for them
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How a problem is computed: positions of a chunk, the inputs' dtype, and the tiles of the kernels that it runs, each by its name in tuning.SCANS.
+    """How a problem is computed: positions of a chunk, the inputs' dtype, and the tiles of the kernels that it runs, each by its name in tuning.SCANS, or "starts".
 
     segments: of each sequence; phi: what makes features of the numbers in queries and keys, or None.
     """
@@ -48,7 +48,7 @@ class Plan:
     @classmethod
     def of(cls, chunk: int, dtype, R: int, H: int, kernels, phi=None) -> "Plan":
         """The tuned tiles of these kernels, no wider than R features and H values need."""
-        tuned = {kernel: scan_tile(kernel, dtype, H) for kernel in kernels}
+        tuned = {kernel: scan_tile(kernel, dtype, H) for kernel in kernels} | {"starts": BETWEEN}
         tiles = {name: dataclasses.replace(t, features=fit(t.features, R), values=fit(t.values, H)) for name, t in tuned.items()}
         return cls(chunk, jnp.dtype(dtype), tuple(tiles.items()), phi=phi)
 
@@ -199,7 +199,7 @@ class Run:
 
     An array is given with its axes, a letter each, which name the part that one program has: b its sequence; n its head, k the key head of its query head, g
     the G query heads of its key head; i its chunk and t the positions of it; r and h its tile of features and of values, x and y the number of that tile. C, T,
-    R and H are all chunks, positions, features and values.
+    R and H are all chunks, positions, features and values, s all segments of a sequence.
     """
 
     def __init__(self, plan: Plan, q, v):
@@ -233,29 +233,20 @@ class Run:
         )
         totals, start, left = None if totals is None else totals[0], None, None
         if end is not None:
-            start, left = self._before(end, L, reverse).astype(self.factor), self._left(L, reverse)
+            start, start_totals = self._starts(end, None if total_end is None else total_end[0], L, reverse)
+            left = None if L is None else jnp.exp(lax.cumsum(self._lasts(L), axis=2, reverse=reverse) - self._lasts(L))
             if totals is not None:
-                start_totals = self._before(total_end[0], L, reverse)[:, :, None]
-                totals = totals + (start_totals if left is None else left[..., None] * start_totals)
+                totals = totals + (start_totals[:, :, None] if left is None else left[..., None] * start_totals[:, :, None])
         return States(local, start, left, totals), values
 
-    def _before(self, ends, L, reverse: bool):
-        """The states before segments, of those that each segment ends with when it begins at zero, [B, K, R, ...]; with `reverse` those after them."""
+    def _starts(self, ends, total_ends, L, reverse: bool):
+        """(states, totals or None) before each segment, [B, K, R, ...], of those that each ends with when it begins at zero; with `reverse` those after it."""
         s = self.plan.segments
-        past = np.tri(s, k=-1, dtype=np.float32).T if reverse else np.tri(s, k=-1, dtype=np.float32)
-        ends = ends.reshape(-1, s, *ends.shape[1:])
-        if L is None:
-            return jnp.einsum("ij,bj...->bi...", past, ends, precision="highest").reshape(-1, *ends.shape[2:])
-        through = self._lasts(L).sum(axis=2).reshape(-1, s, self.K)  # the log of what is left of a state after a segment
-        total = jnp.cumsum(through, axis=1)
-        # From the end of j to the beginning of i, or backwards from the beginning of j to the end of i.
-        gap = total[:, None, :] - total[:, :, None] - through[:, None, :] if reverse else total[:, :, None] - through[:, :, None] - total[:, None, :]
-        weights = jnp.exp(jnp.where(past[..., None] > 0, gap, -jnp.inf))
-        return jnp.einsum("bijn,bjn...->bin...", weights, ends, precision="highest").reshape(-1, *ends.shape[2:])
-
-    def _left(self, L, reverse: bool):
-        """What is left before each chunk of the state before the segment, [B, K, C], or, with `reverse`, after it of the gradient from beyond; None if all of it."""
-        return None if L is None else jnp.exp(lax.cumsum(self._lasts(L), axis=2, reverse=reverse) - self._lasts(L))
+        by_sequence = lambda x: None if x is None else x.reshape(-1, s, *x.shape[1:])
+        inputs = [(by_sequence(None if L is None else self._lasts(L).sum(axis=2)), "bsn"), (by_sequence(ends), "bsnrh"), (by_sequence(total_ends), "bsnr")]
+        outputs = [(self.factor, "bsnrh"), (None if total_ends is None else jnp.float32, "ybsnr")]
+        starts, totals = self.call("starts", starts_kernel, inputs, outputs, self.K, "rh", sequences=self.B // s, reverse=reverse)
+        return starts.reshape(ends.shape), None if totals is None else totals[0].reshape(total_ends.shape)
 
     def _lasts(self, L):
         """L at the last position of each chunk, [B, K, C]."""
@@ -284,19 +275,19 @@ class Run:
         dq, dk, dL = self.call("dqk", dqk_kernel, inputs, outputs, self.K, "ri")
         return dq, dk, None if dL is None else dL.sum(axis=0)
 
-    def call(self, name: str, kernel, inputs, outputs, heads: int, spread: str, *, group: int | None = None, **static):
-        """Runs `kernel`, with the tile of `name`, for these heads and all sequences, and for all tiles or chunks of each axis in `spread`, of r, h and i.
+    def call(self, name: str, kernel, inputs, outputs, heads: int, spread: str, *, group: int | None = None, sequences: int | None = None, **static):
+        """Runs `kernel`, with the tile of `name`, for these heads and all, or these, sequences, and for all tiles or chunks of each axis in `spread`, of r, h and i.
 
         Outputs are (dtype, axes); an array or a dtype that is None is left out.
         """
         from jax.experimental.pallas import triton  # here, so that machines that never run it need not have it
 
         form, tile = self.plan.form(name), dict(self.plan.tiles)[name]
-        G = self.N // self.K if group is None else group
+        G, B = self.N // self.K if group is None else group, self.B if sequences is None else sequences
         r, h, i = (size if letter in spread else 1 for letter, size in (("r", self.R // form.r_tile), ("h", self.H // form.h_tile), ("i", self.C)))
         # Letter: (size, the part of one program, or None for a single one, which part that is).
         axes = {
-            "b": (self.B, None, lambda r, h, i, n, b: b),
+            "b": (B, None, lambda r, h, i, n, b: b),
             "n": (heads, None, lambda r, h, i, n, b: n),
             "k": (self.K, None, lambda r, h, i, n, b: n // G),
             "g": (heads * G, G, lambda r, h, i, n, b: n),
@@ -306,7 +297,7 @@ class Run:
             "h": (self.H, form.h_tile, lambda r, h, i, n, b: h),
             "x": (r, None, lambda r, h, i, n, b: r),
             "y": (h, None, lambda r, h, i, n, b: h),
-        } | {letter: (size, size, lambda r, h, i, n, b: 0) for letter, size in zip("CTRH", (self.C, self.T, self.R, self.H))}
+        } | {letter: (size, size, lambda r, h, i, n, b: 0) for letter, size in zip("CTRHs", (self.C, self.T, self.R, self.H, self.plan.segments))}
 
         def spec(letters):
             _, parts, places = zip(*(axes[letter] for letter in letters))
@@ -315,7 +306,7 @@ class Run:
         shape = lambda dtype, letters: None if dtype is None else jax.ShapeDtypeStruct(tuple(axes[letter][0] for letter in letters), dtype)
         return pl.pallas_call(
             functools.partial(kernel, form=form, **static),
-            grid=(r, h, i, heads, self.B),
+            grid=(r, h, i, heads, B),
             in_specs=[None if x is None else spec(letters) for x, letters in inputs],
             out_specs=tuple(None if dtype is None else spec(letters) for dtype, letters in outputs),
             out_shape=tuple(shape(*output) for output in outputs),

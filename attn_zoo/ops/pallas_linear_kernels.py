@@ -20,6 +20,7 @@ products need is read before the first of them: the compiler leaves reads where 
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -167,6 +168,30 @@ def states_kernel(
             end_ref[tile, :] = state
     if total_end_ref is not None:
         total_end_ref[...] = total
+
+
+def starts_kernel(through_ref, end_ref, total_end_ref, start_ref, total_start_ref, *, form: Form, reverse: bool):
+    """A tile of the states before every segment, [s, r, h], of those that each ends with when it begins at zero; with `reverse` those after it. Totals, [s, r], too.
+
+    through [s]: the log of what is left of a state after a segment, None if all of it.
+    """
+    segments = end_ref.shape[0]
+    width = math.gcd(segments, 8)  # read at once: nothing is computed meanwhile
+
+    def step(n, carry):
+        places = [n * width + j for j in range(width)]
+        places = [segments - 1 - i if reverse else i for i in places]
+        ends = [(end_ref[i], None if total_end_ref is None else total_end_ref[i]) for i in places]
+        for i, (end, total_end) in zip(places, ends):
+            state, total = carry
+            start_ref[i] = state.astype(start_ref.dtype)
+            if total is not None:
+                total_start_ref[i] = total
+            left = 1.0 if through_ref is None else jnp.exp(through_ref[i])
+            carry = left * state + end, None if total is None else left * total + total_end
+        return carry
+
+    repeat(segments // width, step, (zeros(form.r_tile, form.h_tile), None if total_end_ref is None else zeros(form.r_tile)))
 
 
 def output_kernel(decay_ref, q_ref, k_ref, v_ref, state_ref, start_ref, left_ref, total_ref, o_ref, norm_ref, *, form: Form, divided: bool):

@@ -13,10 +13,10 @@ from jax import lax
 from attn_zoo.ops import delta, tuning
 from attn_zoo.ops.decayed import decayed_sums
 from attn_zoo.ops.linear import kernel_sums
-from attn_zoo.ops.pallas_linear import Plan, Run
+from attn_zoo.ops.pallas_linear import Plan, Run, States
 from attn_zoo.ops.tuning import LEAST, SCANS, ScanTile, fit, power_of_two
 
-RUNS = {"states": 3, "output": 1, "dv": 1, "dqk": 1}  # of a kernel, forward + backward
+RUNS = {"states": 2, "output": 1, "dv": 1, "dqk": 1}  # of a kernel, forward + backward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,20 +64,23 @@ class ScanTiles:
         return tile.chunk
 
     def solve(self, problem: str, dtype: str, H: int, chunk: int) -> dict[str, tuple]:
-        """{kernel: (its arguments, its results by XLA)}."""
+        """{kernel: (its arguments, its results by XLA)}; of segments, which are sequences of the batch to the kernels."""
         s = self.settings
-        length, width = -(-s["T"] // chunk) * chunk, max(LEAST, power_of_two(H))  # whole chunks and tiles, as the kernels want them
+        B, length, width = s["B"], -(-s["T"] // chunk) * chunk, max(LEAST, power_of_two(H))  # whole chunks and tiles, as the kernels want them
+        if problem != "delta":
+            segments = Plan.of(chunk, dtype, width, width, RUNS).in_segments(B * s["N"], length, width, width).segments
+            B, length = B * segments, length // segments
         keys = jax.random.split(jax.random.key(0), 6)
-        q, k, v, do = (jax.random.normal(key, (s["B"], length, s["N"], width)).astype(dtype) for key in keys[:4])
+        q, k, v, do = (jax.random.normal(key, (B, length, s["N"], width)).astype(dtype) for key in keys[:4])
         if problem == "delta":
             k = (k / width**0.5).astype(dtype)
             w = (k / 8).astype(dtype)  # small: the memory is stable, as that of a delta rule is
             return {"corrected": ((k, v, w), _corrected(k, v, w, chunk))}
-        dnorm = jax.random.normal(keys[4], (s["B"], s["N"], length))
+        dnorm = jax.random.normal(keys[4], (B, s["N"], length))
         L = None
         if problem == "decayed":
-            steps = -0.1 * jax.random.uniform(keys[5], (s["B"], s["N"], length // chunk, chunk))
-            L = jnp.cumsum(steps, axis=-1).reshape(s["B"], s["N"], length)
+            steps = -0.1 * jax.random.uniform(keys[5], (B, s["N"], length // chunk, chunk))
+            L = jnp.cumsum(steps, axis=-1).reshape(B, s["N"], length)
         return _by_xla(q, k, v, L, do, dnorm, chunk)
 
     def call(self, kernel: str, problem: str, tile: ChunkedTile, args: tuple):
@@ -115,20 +118,26 @@ class ScanTiles:
 
 
 _CALLS = {
-    "states": lambda plan, k, v, L: _first(Run(plan, k, v).states(k, v, L, None, True)),
-    "output": lambda plan, q, k, v, L, states, totals: Run(plan, q, v).outputs(q, k, v, L, states, totals[None]),
-    "dv": lambda plan, q, k, do, L, dstates: Run(plan, q, do).dv(q, k, do, L, dstates),
+    "states": lambda plan, k, v, L: _found(Run(plan, k, v).states(k, v, L, None, True)[0]),
+    "output": lambda plan, q, k, v, L, states, totals: Run(plan, q, v).outputs(q, k, v, L, _held(states, totals), False),
+    "dv": lambda plan, q, k, do, L, dstates: Run(plan, q, do).dv(q, k, do, None, L, _held(dstates)),
     "dqk": lambda plan, q, k, v, do, dnorm, L, states, dstates, totals, dtotals: Run(plan, q, v).dqk(
-        q, k, v, do, dnorm, L, states, dstates, totals[None], dtotals[None]
+        q, k, v, do, dnorm, None, L, _held(states, totals), _held(dstates, dtotals)
     ),
-    "corrected": lambda plan, k, u, w: Run(plan, k, u).states(k, u, None, w, False)[::2],
+    "corrected": lambda plan, k, u, w: _corrected_found(*Run(plan, k, u).states(k, u, None, w, False)),
 }
 
 
-def _first(results: tuple) -> tuple:
-    """The states, and the totals, of which every tile of values has the same."""
-    states, totals, _ = results
-    return states, totals[0]
+def _held(states, totals=None) -> States:
+    return States(states, None, None, totals)
+
+
+def _found(states: States) -> tuple:
+    return states.local, states.totals
+
+
+def _corrected_found(states: States, values) -> tuple:
+    return states.local, values
 
 
 @functools.partial(jax.jit, static_argnums=6)

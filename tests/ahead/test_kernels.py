@@ -8,11 +8,13 @@ import pytest
 
 from ahead import A6000, H200, assembled, compiled
 from attn_zoo.attention.fixed import OtherBlocks
+from attn_zoo.attention.linear import elu
 from attn_zoo.attention.memory_compressed import PastSlots
 from attn_zoo.attention.poolingformer import NearSlots
 from attn_zoo.ops import pallas_linear, tuning
 from attn_zoo.ops.blocked import ScoreMod
 from attn_zoo.ops.delta import delta_rule
+from attn_zoo.ops.linear import linear_attention
 from attn_zoo.ops.mosaic_attention import mosaic_attention
 from attn_zoo.ops.pallas_attention import pallas_attention
 from attn_zoo.ops.patterns import CAUSAL, FULL, Band, BlockTable, Every, Prefix
@@ -41,6 +43,7 @@ def scans(name, dtype, R):
     run = {
         "linear": lambda q, k, v, _: pallas_linear.causal_sums(q, k, v),
         "decayed": pallas_linear.causal_sums,
+        "mapped": lambda q, k, v, _: linear_attention(q, k, v, causal=True, backend="pallas", phi=elu),
         "delta": lambda q, k, v, beta: delta_rule(q, k, v, beta, backend="pallas"),
     }[name]
     return jax.value_and_grad(lambda *args: sum(x.sum() for x in jax.tree.leaves(run(*args))), (0, 1, 2, 3)), *shapes
@@ -105,7 +108,7 @@ def test_attention_with_everything_compiles(kind, dtype, H, monkeypatch):
     assert "1000,1000]" not in text and "1024,1024]" not in text, "a dense mask or score matrix"
 
 
-SCANS = [(name, R) for name in ("linear", "decayed") for R in (64, 256)] + [("delta", 64), ("delta", 256)]
+SCANS = [(name, R) for name in ("linear", "decayed", "mapped") for R in (64, 256)] + [("delta", 64), ("delta", 256)]
 
 
 @KINDS
@@ -114,8 +117,9 @@ SCANS = [(name, R) for name in ("linear", "decayed") for R in (64, 256)] + [("de
 def test_scans_fit(name, R, dtype, kind, monkeypatch):
     monkeypatch.setattr(tuning, "_device_kind", lambda: kind)
     found = assembled(*scans(name, dtype, R), gpu=kind)
-    assert {kernel.partition("__")[0] for kernel in found} == {"states_kernel", "output_kernel", "dv_kernel", "dqk_kernel"}
-    assert by_matrix_units(found)
+    kernels, between = {kernel.partition("__")[0] for kernel in found}, {"starts_kernel"}  # the latter adds and multiplies numbers, and is for segments alone
+    assert kernels - between == {"states_kernel", "output_kernel", "dv_kernel", "dqk_kernel"}
+    assert by_matrix_units({name: kernel for name, kernel in found.items() if name.partition("__")[0] not in between})
     assert {name: kernel.spilled for name, kernel in found.items() if kernel.spilled > SPILLED} == {}
 
 
