@@ -28,7 +28,7 @@ DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 MOST_CORRECTED = 256  # features of a delta rule, whose programs hold all of them at once: with 512, compiled ones spill a kilobyte a thread
 PROGRAMS = 512  # that go through segments side by side, where sequences and heads alone are fewer: some four for each processor of a large GPU
 LEAST_CHUNKS = 4  # of a segment
-BETWEEN = ScanTile(16, 64, 4, 1)  # of the states between segments, at most
+BETWEEN = ScanTile(32, 32, 4, 1)  # of the states between segments, at most
 Wanted = Literal["both", "first", "ratio"]  # of the two sums, with values and with 1 for them
 
 
@@ -179,15 +179,12 @@ def _scan_bwd(plan, wanted, kept, cotangents):
     do, dnorm = cotangents if wanted == "both" else (cotangents, None)
     if wanted == "ratio":
         dnorm = -jnp.sum(ratio.astype(jnp.float32) * do.astype(jnp.float32), axis=3).swapaxes(1, 2)
-    dw = None
     if w is None:
         dstates, _ = run.state_gradients(q, do, dnorm, scale, L)
         dv = run.dv(q, k, do, scale, L, dstates)
     else:
-        dstates, dv = run.state_gradients(q, do, dnorm, scale, L, correction=(-w, k, run.dv(q, k, do, scale, L, None)))
-        chunks = dv.reshape(len(dv), -1, plan.chunk, *dv.shape[2:])
-        dw = -jnp.einsum("BCSKH,BKCRH->BCSKR", chunks, states.local, precision="highest").reshape(w.shape).astype(w.dtype)
-    dq, dk, dL = run.dqk(q, k, values, do, dnorm, scale, L, states, dstates)
+        dstates, dv = run.state_gradients(q, do, dnorm, scale, L, correction=(w, k, run.dv(q, k, do, scale, L, None)))
+    dq, dk, dL, dw = run.dqk(q, k, values, do, dnorm, scale, L, states, dstates, None if w is None else dv)
     return dq, dk, dv, dL, dw
 
 
@@ -211,7 +208,7 @@ class Run:
     def states(self, k, v, L, w, normed: bool) -> tuple[States, Array]:
         """(the states before every chunk, values corrected by w, or v itself)."""
         if w is not None:
-            return self._states((None, None, None, None), (k, -w, v), L, normed, reverse=False)
+            return self._states((None, None, None, None), (k, w, v), L, normed, reverse=False)
         return self._states((k, v, None, None), None, L, normed, reverse=False)[0], v
 
     def state_gradients(self, q, do, dnorm, scale, L, correction=None) -> tuple[States, Array | None]:
@@ -228,9 +225,7 @@ class Run:
         outputs = [(self.factor, f"bnC{part}h"), (jnp.float32 if normed else None, f"ybnC{part}"), (self.dtype if correction else None, "bTnh")]
         outputs += [(ends, f"bn{part}h"), (ends if normed else None, f"ybn{part}")]
         group = 1 if k is None else k.shape[2] // self.K
-        local, totals, values, end, total_end = self.call(
-            name, states_kernel, inputs, outputs, self.K, "h" if correction else "rh", group=group, reverse=reverse
-        )
+        local, totals, values, end, total_end = self.call(name, states_kernel, inputs, outputs, self.K, "h" if correction else "rh", group=group, reverse=reverse)
         totals, start, left = None if totals is None else totals[0], None, None
         if end is not None:
             start, start_totals = self._starts(end, None if total_end is None else total_end[0], L, reverse)
@@ -265,15 +260,15 @@ class Run:
         inputs = [(L, "bnt"), (q, "btgR"), (k, "btnR"), (do, "btgh"), (scale, "bgt"), (local, "bniRh"), (start, "bnRh"), (left, "bni")]
         return self.call("dv", dv_kernel, inputs, [(self.dtype, "btnh")], self.K, "hi")[0]
 
-    def dqk(self, q, k, v, do, dnorm, scale, L, states: States, dstates: States):
-        """(dq, dk, dL [B, K, T] or None)."""
+    def dqk(self, q, k, v, do, dnorm, scale, L, states: States, dstates: States, dx=None):
+        """(dq, dk, dL [B, K, T] or None, dw); dx: the gradient of values that were corrected by w."""
         inputs = [(L, "bnt"), (q, "btgr"), (k, "btnr"), (v, "btnH"), (do, "btgH"), (dnorm, "bgt"), (scale, "bgt")]
         for x in (states, dstates):
             inputs += [(x.local, "bnirH"), (x.start, "bnrH"), (x.left, "bni")]
-        inputs += [(states.totals, "bnir"), (dstates.totals, "bnir")]
-        outputs = [(self.dtype, "btgr"), (self.dtype, "btnr"), (None if L is None else jnp.float32, "xbnt")]
-        dq, dk, dL = self.call("dqk", dqk_kernel, inputs, outputs, self.K, "ri")
-        return dq, dk, None if dL is None else dL.sum(axis=0)
+        inputs += [(states.totals, "bnir"), (dstates.totals, "bnir"), (dx, "btnH")]
+        outputs = [(self.dtype, "btgr"), (self.dtype, "btnr"), (None if L is None else jnp.float32, "xbnt"), (None if dx is None else self.dtype, "btnr")]
+        dq, dk, dL, dw = self.call("dqk", dqk_kernel, inputs, outputs, self.K, "ri")
+        return dq, dk, None if dL is None else dL.sum(axis=0), dw
 
     def call(self, name: str, kernel, inputs, outputs, heads: int, spread: str, *, group: int | None = None, sequences: int | None = None, **static):
         """Runs `kernel`, with the tile of `name`, for these heads and all, or these, sequences, and for all tiles or chunks of each axis in `spread`, of r, h and i.

@@ -10,7 +10,7 @@ One kernel goes through a sequence, or a segment of one, and leaves the state be
 chunks at once, and add to that state what is left of the one before the segment. The gradient of the states is the same recurrence from the end,
 dS <- exp(L_c) dS + sum_t exp(L_t) q_t do_t', so the same kernel runs it. With the delta rule
 (see ops.delta) what is written is corrected by what the state held, x = U - W S and S <- S + K'x, and backwards dx = (its part of the chunk) + K dS and
-dS <- dS + Q'do - W'dx: both are x = offset + read S, S <- S + write'x.
+dS <- dS + Q'do - W'dx: both are x = offset -+ read S, S <- S +- write'x. The gradient of W is -dx S'.
 
 What is asked for may be o_t / n_t. With r_t = 1 / n_t its gradients are those of the sums with queries r_t q_t, of outputs do_t, and of totals -o_t'do_t: kernels
 of the backward pass are given r, and multiply queries by it. Queries and keys may be features phi(x) of single numbers x, made when x has been read.
@@ -146,9 +146,10 @@ def states_kernel(
             offset, x = offset_ref[rows, :], zeros(form.chunk, form.h_tile)
             for tile, state in zip(tiles, states):
                 x += form.dot(read_ref[rows, tile], state, 1, 0)
-            x += offset.astype(jnp.float32)
+            x = offset.astype(jnp.float32) + (x if reverse else -x)
             x_ref[rows, :] = x.astype(x_ref.dtype)
-            faded = [state + form.dot(write_ref[rows, tile], x, 0, 0) for tile, state in zip(tiles, faded[0])], faded[1]
+            written = -x if reverse else x
+            faded = [state + form.dot(write_ref[rows, tile], written, 0, 0) for tile, state in zip(tiles, faded[0])], faded[1]
 
         def head(g, carry):
             states, total = carry
@@ -245,13 +246,13 @@ def dv_kernel(decay_ref, q_ref, k_ref, do_ref, scale_ref, dstate_ref, dstart_ref
 
 
 def dqk_kernel(
-    decay_ref, q_ref, k_ref, v_ref, do_ref, dnorm_ref, scale_ref, state_ref, start_ref, left_ref, dstate_ref, dstart_ref, dleft_ref, total_ref, dtotal_ref,
-    dq_ref, dk_ref, dL_ref, *, form: Form,
+    decay_ref, q_ref, k_ref, v_ref, do_ref, dnorm_ref, scale_ref, state_ref, start_ref, left_ref, dstate_ref, dstart_ref, dleft_ref, total_ref, dtotal_ref, dx_ref,
+    dq_ref, dk_ref, dL_ref, dw_ref, *, form: Form,
 ):  # fmt: skip
-    """One chunk of one key head, a tile of features: dq [c, G, r], dk [c, r], and these features' part of dL [c].
+    """One chunk of one key head, a tile of features: dq [c, G, r], dk [c, r], these features' part of dL [c], and dw [c, r].
 
     Of q [c, G, r], k [c, r], v [c, H], do [c, G, H], dnorm and the scale of q [G, c], the state before the chunk and the gradient of the one after it, [r, H],
-    and the same of totals, [r]. exp(L_t) is a factor of all that q_t reads, 1 / exp(L_t) of all that k_t gives: dL_t = q_t'dq_t - k_t'dk_t. The last one is a
+    the same of totals, [r], and dx [c, H]. exp(L_t) is a factor of all that q_t reads, 1 / exp(L_t) of all that k_t gives: dL_t = q_t'dq_t - k_t'dk_t. The last one is a
     factor of the state that goes on, too.
     """
     c, H = v_ref.shape
@@ -291,6 +292,14 @@ def dqk_kernel(
         dL = None if dL is None else dL + jnp.sum(q.astype(jnp.float32) * dq, axis=1)
         dq_ref[:, g, :] = form.gradient(q_ref[:, g, :], dq if scale is None else by_row(scale, dq)).astype(dq_ref.dtype)
         return dk + form.dot(dscores, q, 0, 0), dL
+
+    if dx_ref is not None:
+
+        def corrected(tile, dw):
+            dx, state = dx_ref[:, tile], before[:, tile]
+            return dw - form.dot(dx, state, 1, 1)
+
+        dw_ref[...] = over_tiles(H, form.h_tile, corrected, zeros(*k.shape)).astype(dw_ref.dtype)
 
     dk, dL = repeat(q_ref.shape[1], head, (dk, dL))
     dk_ref[...] = form.gradient(k_ref[...], dk).astype(dk_ref.dtype)
