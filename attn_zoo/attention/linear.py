@@ -66,7 +66,7 @@ class KernelDecoding(Attention):
         raise NotImplementedError
 
     def backend(self, masked=False):
-        return backends.choose_scan(self.dims.backend, self.dims.dtype, causal=self.dims.causal)
+        return backends.choose_scan(self.dims.backend, self.dims.dtype)
 
     def init_cache(self, B, max_len):
         self.check_decoding(max_len)

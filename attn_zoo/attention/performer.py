@@ -65,9 +65,9 @@ class Performer(KernelDecoding):
         backend, w_RH = self.backend(valid_BS is not None), self.directions_for(key)
         if backend == "native":
             return divided(*native_random_feature_sums(q_BTNH, k_BSKH, v_BSKH, w_RH, valid_BS, causal=self.dims.causal, largest=LARGEST))
-        if not self.dims.causal:
+        if backend == "xla" and not self.dims.causal:
             return linear_attention_by_chunks(lambda q: query_features(q, w_RH), lambda k: key_features(k, w_RH), q_BTNH, k_BSKH, v_BSKH, valid_BS)
-        return linear_attention(*self.features(q_BTNH, k_BSKH, valid_BS, w_RH), v_BSKH, causal=True, backend=backend)
+        return linear_attention(*self.features(q_BTNH, k_BSKH, valid_BS, w_RH), v_BSKH, causal=self.dims.causal, backend=backend)
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         return kernel_reference(*self.features(q_BTNH, k_BSKH, valid_BS, self.directions_for(key)), v_BSKH, causal=self.dims.causal)

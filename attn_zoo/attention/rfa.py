@@ -131,7 +131,7 @@ class RandomFeatureAttention(Attention):
         return jnp.where(valid_BSK, jax.nn.log_sigmoid(logit_BSK), 0), jnp.where(valid_BSK, jax.nn.sigmoid(-logit_BSK), 0)
 
     def backend(self, masked=False):
-        return backends.choose_scan(self.dims.backend, self.dims.dtype, causal=self.dims.causal)
+        return backends.choose_scan(self.dims.backend, self.dims.dtype)
 
     def flops(self, B, T, S):
         d = self.dims

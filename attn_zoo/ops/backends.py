@@ -158,15 +158,14 @@ def choose(
     return _choose(backend, serve)
 
 
-def choose_scan(backend: str, dtype, *, causal: bool = True, corrected: int = 0) -> str:
+def choose_scan(backend: str, dtype, *, corrected: int = 0) -> str:
     """The backend that runs the sums of linearized attention: 'auto' takes the native or Pallas kernels where they serve, else XLA. Errors as `choose`.
 
-    causal: False where there is nothing to scan, as every query sees all keys; corrected: the features of a delta rule, 0 for the rest. See ops.pallas_linear.
+    corrected: the features of a delta rule, 0 for the rest. See ops.pallas_linear.
     """
-    nothing = None if causal else "there is no scan where every query sees all keys, and XLA's two products are all of it"
     serve = {name: lambda: "it knows softmax attention only" for name in ("cudnn", "mosaic", "splash")} | {
         "native": lambda: _cpu_obstacle() or native.serves(dtype),
-        "pallas": lambda: nothing or _device_obstacle(pallas_linear.INTERPRET) or pallas_linear.serves(dtype, corrected),
+        "pallas": lambda: _device_obstacle(pallas_linear.INTERPRET) or pallas_linear.serves(dtype, corrected),
     }
     return _choose(backend, serve)
 

@@ -8,11 +8,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from attn_zoo.ops.native_linear import native_sums
-from attn_zoo.ops.pallas_linear import causal_attention, causal_sums
+from attn_zoo.ops.pallas_linear import pallas_kernel_attention, pallas_sums
 from attn_zoo.ops.rows import scale_rows
 
 CHUNK = 128  # positions per step of the causal scan
-SCANS = {"native": native_sums, "pallas": causal_sums}
+SCANS = {"native": native_sums, "pallas": pallas_sums}
 FEATURES_CHUNK = 256  # positions whose features are made at once
 
 
@@ -31,8 +31,9 @@ def linear_attention(
     phi: None, or a function of single numbers that makes features of the first two arguments; Pallas' kernels apply it where they read them.
     """
     T, S = phi_q_BTNR.shape[1], phi_k_BSKR.shape[1]
-    if causal and backend == "pallas" and (phi is None or S >= T):
-        return causal_attention(phi_q_BTNR, *(_as_long(x, T) for x in (phi_k_BSKR, v_BSKH)), phi)
+    if backend == "pallas" and (phi is None or T == S):
+        length = T if causal else max(T, S)
+        return pallas_kernel_attention(*(_as_long(x, length) for x in (phi_q_BTNR, phi_k_BSKR, v_BSKH)), causal=causal, phi=phi)[:, :T]
     if phi is not None:
         phi_q_BTNR, phi_k_BSKR = phi(phi_q_BTNR), phi(phi_k_BSKR)
         return linear_attention(phi_q_BTNR, phi_k_BSKR, v_BSKH, causal=causal, backend=backend)
@@ -45,7 +46,7 @@ def kernel_sums(
     """The two sums above: (phi(q_i)' sum_j phi(k_j) v_j', phi(q_i)' sum_j phi(k_j)).
 
     Accumulates in float32 at least. Causal memory is O(T) with gradients: the scan keeps one [R, H] state a chunk and recomputes the rest. `backend` is "xla",
-    "native" or, of the causal form, "pallas", which of bfloat16 values rounds the features to bfloat16 too (see backends.choose_scan).
+    "native" or "pallas", which of bfloat16 values rounds the features to bfloat16 too (see backends.choose_scan).
     """
     B, T, N, R = phi_q_BTNR.shape
     S, K, H = v_BSKH.shape[1:]
@@ -53,6 +54,8 @@ def kernel_sums(
         return SCANS[backend](phi_q_BTNR, *(_as_long(x, T) for x in (phi_k_BSKR, v_BSKH)))
     if backend == "native":
         return native_sums(phi_q_BTNR, phi_k_BSKR, v_BSKH, causal=False)
+    if backend == "pallas":
+        return tuple(x[:, :T] for x in pallas_sums(*(_as_long(x, max(T, S)) for x in (phi_q_BTNR, phi_k_BSKR, v_BSKH)), causal=False))
     wide = jnp.promote_types(v_BSKH.dtype, jnp.float32)
     q_BTKGR = phi_q_BTNR.reshape(B, T, K, N // K, R).astype(wide)
     k_BSKR, v_BSKH = phi_k_BSKR.astype(wide), v_BSKH.astype(wide)
@@ -142,7 +145,7 @@ def with_ones(v_BSKH: Array) -> Array:
 
 
 def _as_long(x_BSKX, T: int):
-    """As many keys as queries: those beyond the last query are never seen, missing ones are zeros, which add nothing."""
+    """T positions: keys beyond the last query are never seen by causal ones, and missing keys are zeros, which add nothing."""
     return jnp.pad(x_BSKX[:, :T], ((0, 0), (0, max(0, T - x_BSKX.shape[1])), (0, 0), (0, 0)))
 
 

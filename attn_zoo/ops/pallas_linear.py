@@ -1,11 +1,11 @@
-"""The causal scans of linearized attention as Pallas kernels, for NVIDIA GPUs: what flash-linear-attention is to PyTorch.
+"""The sums of linearized attention, causal ones and over all keys, as Pallas kernels, for NVIDIA GPUs: what flash-linear-attention is to PyTorch.
 
 Two kernels (see pallas_linear_kernels) forwards: the states at the boundaries of chunks, in sequence, then the outputs of all chunks at once. Backwards the
 gradients of the states, by the same kernel from the end on, then those of the inputs for all chunks at once. Memory is O(T): the states are kept, which are
 R / chunk of the values. They are compiled by Pallas' Triton backend, like those of pallas_attention; what belongs to it stands in `Run.call` alone.
 
 A sequence at a time would leave most of a GPU idle where there are few: it is cut into segments, whose states begin at zero, and which are sequences of the
-batch to all that follows. What the state before a segment adds is known when all are done.
+batch to all that follows. What the state before a segment adds is known when all are done. Where nothing is causal, that is the sum of all segments.
 """
 
 import dataclasses
@@ -36,21 +36,22 @@ Wanted = Literal["both", "first", "ratio"]  # of the two sums, with values and w
 class Plan:
     """How a problem is computed: positions of a chunk, the inputs' dtype, and the tiles of the kernels that it runs, each by its name in tuning.SCANS, or "starts".
 
-    segments: of each sequence; phi: what makes features of the numbers in queries and keys, or None.
+    segments: of each sequence; causal: whether queries see no later keys; phi: what makes features of the numbers in queries and keys, or None.
     """
 
     chunk: int
     dtype: Any
     tiles: tuple[tuple[str, ScanTile], ...]
     segments: int = 1
+    causal: bool = True
     phi: Callable[[jax.Array], jax.Array] | None = None
 
     @classmethod
-    def of(cls, chunk: int, dtype, R: int, H: int, kernels, phi=None) -> "Plan":
+    def of(cls, chunk: int, dtype, R: int, H: int, kernels, **options) -> "Plan":
         """The tuned tiles of these kernels, no wider than R features and H values need."""
         tuned = {kernel: scan_tile(kernel, dtype, H) for kernel in kernels} | {"starts": BETWEEN}
         tiles = {name: dataclasses.replace(t, features=fit(t.features, R), values=fit(t.values, H)) for name, t in tuned.items()}
-        return cls(chunk, jnp.dtype(dtype), tuple(tiles.items()), phi=phi)
+        return cls(chunk, jnp.dtype(dtype), tuple(tiles.items()), **options)
 
     def in_segments(self, heads: int, T: int, R: int, H: int) -> "Plan":
         """The same with as many segments as keep a GPU busy, for this many key heads of all sequences; whole chunks and tiles."""
@@ -65,13 +66,14 @@ class Plan:
 
     def form(self, kernel: str) -> Form:
         tile = dict(self.tiles)[kernel]
-        return Form(self.chunk, tile.features, tile.values, self.dtype, self.phi, INTERPRET)
+        return Form(self.chunk, tile.features, tile.values, self.dtype, self.phi, self.causal, INTERPRET)
 
 
 class States(NamedTuple):
     """The states before every chunk [B, K, C, R, H], or their gradients after it, of a segment alone; and totals, [B, K, C, R], which are whole, or None.
 
-    left [B, K, C] of the state before the segment, start [B, K, R, H], are to be added: all of it if `left` is None, nothing if `start` is.
+    left [B, K, C] of the state before the segment, start [B, K, R, H], are to be added: all of it if `left` is None, nothing if `start` is. Where nothing is
+    causal there are no local ones, and start and totals are those of all keys, [sequences, K, R, ...].
     """
 
     local: Any
@@ -87,15 +89,21 @@ def serves(dtype, corrected: int = 0) -> bool | str:
     return corrected <= MOST_CORRECTED or f"the features of a delta rule must be at most {MOST_CORRECTED}, not {corrected}"
 
 
-def causal_sums(
-    q_BTNR: Float[Array, "B T N R"], k_BTKR: Float[Array, "B T K R"], v_BTKH: Float[Array, "B T K H"], log_decay_BTK: Float[Array, "B T K"] | None = None
+def pallas_sums(
+    q_BTNR: Float[Array, "B T N R"],
+    k_BTKR: Float[Array, "B T K R"],
+    v_BTKH: Float[Array, "B T K H"],
+    log_decay_BTK: Float[Array, "B T K"] | None = None,
+    *,
+    causal: bool = True,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """(sum_{j <= t} exp(L_t - L_j) (q_t'k_j) v_j, the same with 1 for v_j), float32; L is the running sum of the log decays, or 0. See ops.linear, ops.decayed.
+    """(sum_j exp(L_t - L_j) (q_t'k_j) v_j, the same with 1 for v_j) over j <= t, float32; L is the running sum of the log decays, or 0. See ops.linear, ops.decayed.
+    Unless causal, over all j, and without decay.
 
     All sums are in float32; of bfloat16 values, all factors of products are bfloat16, as the matrix units want them, and the first sum is rounded to it.
     Raises Unsupported, with the reason, for what `serves` refuses.
     """
-    plan, (q, k, v) = _whole(None, q_BTNR, k_BTKR, v_BTKH)
+    plan, (q, k, v) = _whole(None, q_BTNR, k_BTKR, v_BTKH, causal=causal)
     L = None
     if log_decay_BTK is not None:
         # Of a decay that is a constant XLA would compute the sums while it compiles, for ten seconds and more.
@@ -106,15 +114,20 @@ def causal_sums(
     return _cut(o, B, T, H), norm.swapaxes(1, 2).reshape(B, -1, N)[:, :T]
 
 
-def causal_attention(
-    q_BTNR: Float[Array, "B T N R"], k_BTKR: Float[Array, "B T K R"], v_BTKH: Float[Array, "B T K H"], phi: Callable[[Array], Array] | None = None
+def pallas_kernel_attention(
+    q_BTNR: Float[Array, "B T N R"],
+    k_BTKR: Float[Array, "B T K R"],
+    v_BTKH: Float[Array, "B T K H"],
+    *,
+    causal: bool,
+    phi: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "B T N H"]:
     """The first of the sums above over the second, float32, without decay; zeros where that is zero or subnormal. See ops.linear.
 
-    phi, a function of single numbers that JAX differentiates, is applied to q and k in the kernels, which then read them in the dtype that `causal_sums` has for
+    phi, a function of single numbers that JAX differentiates, is applied to q and k in the kernels, which then read them in the dtype that `pallas_sums` has for
     features. The quotient of bfloat16 values is rounded to bfloat16 once. Raises Unsupported as above.
     """
-    plan, (q, k, v) = _whole(None, q_BTNR, k_BTKR, v_BTKH, phi=phi)
+    plan, (q, k, v) = _whole(None, q_BTNR, k_BTKR, v_BTKH, causal=causal, phi=phi)
     return _cut(_scan(plan, "ratio", q, k, v, None, None), *q_BTNR.shape[:2], v_BTKH.shape[3])
 
 
@@ -129,7 +142,7 @@ def corrected_sums(
     return _cut(_scan(plan, "first", q, k, u, None, w), *q_BTNR.shape[:2], u_BTKH.shape[3])
 
 
-def _whole(chunk: int | None, *arrays, corrected: int = 0, phi=None):
+def _whole(chunk: int | None, *arrays, corrected: int = 0, causal: bool = True, phi=None):
     """(plan, arrays): in one dtype, bfloat16 if the values are, in whole chunks and tiles, and in segments, of which each is a sequence of the batch.
 
     The first arrays are [..., R], the last one [..., H]. None: the tuned chunk.
@@ -140,10 +153,10 @@ def _whole(chunk: int | None, *arrays, corrected: int = 0, phi=None):
         raise Unsupported(f"the Pallas kernels cannot serve here: {reason}")
     (B, T, _, R), (K, H) = arrays[0].shape, arrays[-1].shape[2:]
     kernels = [kernel for kernel in SCANS if kernel != ("states" if corrected else "corrected")]
-    plan = Plan.of(fit(chunk or scan_chunk(dtype, H), T), dtype, R, H, kernels, phi)
+    plan = Plan.of(fit(chunk or scan_chunk(dtype, H), T), dtype, R, H, kernels, causal=causal, phi=phi)
     ceil = lambda size, step: -(-size // step) * step
     length, R, H = (ceil(*pair) for pair in zip((T, R, H), (plan.chunk, *plan.widest), strict=True))
-    if phi is not None and R != arrays[0].shape[3]:  # the features of what is padded need not be 0
+    if phi is not None and (R != arrays[0].shape[3] or not causal and length != T):  # the features of what is padded need not be 0; no query sees later keys
         arrays, plan = (*map(phi, arrays[:2]), arrays[2]), dataclasses.replace(plan, phi=None)
     if not corrected:  # what a delta rule adds to a state depends on the state
         plan = plan.in_segments(B * K, length, R, H)
@@ -196,7 +209,7 @@ class Run:
 
     An array is given with its axes, a letter each, which name the part that one program has: b its sequence; n its head, k the key head of its query head, g
     the G query heads of its key head; i its chunk and t the positions of it; r and h its tile of features and of values, x and y the number of that tile. C, T,
-    R and H are all chunks, positions, features and values, s all segments of a sequence.
+    R and H are all chunks, positions, features and values, s all segments of a sequence, and a is the sequence of which b is a segment.
     """
 
     def __init__(self, plan: Plan, q, v):
@@ -221,11 +234,14 @@ class Run:
         write, read, offset = correction or (None, None, None)
         name, part = ("corrected", "R") if correction else ("states", "r")
         inputs = [(L, "bnT"), (k, f"bTg{part}"), (v, "bTgh"), (scale, "bgT"), (one, "bgT"), (write, "bTnR"), (read, "bTnR"), (offset, "bTnh")]
-        ends = jnp.float32 if self.plan.segments > 1 else None
-        outputs = [(self.factor, f"bnC{part}h"), (jnp.float32 if normed else None, f"ybnC{part}"), (self.dtype if correction else None, "bTnh")]
+        ends, each = jnp.float32 if self.plan.segments > 1 or not self.plan.causal else None, self.plan.causal
+        outputs = [(self.factor if each else None, f"bnC{part}h"), (jnp.float32 if normed and each else None, f"ybnC{part}"), (self.dtype if correction else None, "bTnh")]
         outputs += [(ends, f"bn{part}h"), (ends if normed else None, f"ybn{part}")]
         group = 1 if k is None else k.shape[2] // self.K
         local, totals, values, end, total_end = self.call(name, states_kernel, inputs, outputs, self.K, "h" if correction else "rh", group=group, reverse=reverse)
+        if not self.plan.causal:
+            of_all = lambda x: x.reshape(-1, self.plan.segments, *x.shape[1:]).sum(axis=1)
+            return States(None, of_all(end).astype(self.factor), None, of_all(total_end[0]) if normed else None), None
         totals, start, left = None if totals is None else totals[0], None, None
         if end is not None:
             start, start_totals = self._starts(end, None if total_end is None else total_end[0], L, reverse)
@@ -249,26 +265,31 @@ class Run:
 
     def outputs(self, q, k, v, L, states: States, divided: bool):
         """(o [B, T, N, H], as factors are, norm [B, N, T] or None, float32); divided: o / norm, and 1 / norm, zeros where it would not be finite."""
-        inputs = [(L, "bkt"), (q, "btnR"), (k, "btkR"), (v, "btkh"), (states.local, "bkiRh"), (states.start, "bkRh"), (states.left, "bki"), (states.totals, "bkiR")]
+        within = [(k, "btkR"), (v, "btkh")] if self.plan.causal else [(None, "")] * 2
         outputs = [(self.factor, "btnh"), (None if states.totals is None else jnp.float32, "ybnt")]
-        o, norm = self.call("output", output_kernel, inputs, outputs, self.N, "hi", divided=divided)
+        o, norm = self.call("output", output_kernel, [(L, "bkt"), (q, "btnR"), *within, *self._held(states, "k", "Rh")], outputs, self.N, "hi", divided=divided)
         return o, None if norm is None else norm[0]
 
     def dv(self, q, k, do, scale, L, dstates: States | None):
         """[B, T, K, H]; the part of it within chunks, if without `dstates`."""
-        local, start, left, _ = dstates or States(None, None, None, None)
-        inputs = [(L, "bnt"), (q, "btgR"), (k, "btnR"), (do, "btgh"), (scale, "bgt"), (local, "bniRh"), (start, "bnRh"), (left, "bni")]
-        return self.call("dv", dv_kernel, inputs, [(self.dtype, "btnh")], self.K, "hi")[0]
+        held = self._held(dstates or States(None, None, None, None), "n", "Rh")[:3]
+        within = [(q, "btgR"), (k, "btnR"), (do, "btgh"), (scale, "bgt")] if self.plan.causal else [(None, ""), (k, "btnR"), (None, ""), (None, "")]
+        return self.call("dv", dv_kernel, [(L, "bnt"), *within, *held], [(self.dtype, "btnh")], self.K, "hi")[0]
 
     def dqk(self, q, k, v, do, dnorm, scale, L, states: States, dstates: States, dx=None):
         """(dq, dk, dL [B, K, T] or None, dw); dx: the gradient of values that were corrected by w."""
         inputs = [(L, "bnt"), (q, "btgr"), (k, "btnr"), (v, "btnH"), (do, "btgH"), (dnorm, "bgt"), (scale, "bgt")]
-        for x in (states, dstates):
-            inputs += [(x.local, "bnirH"), (x.start, "bnrH"), (x.left, "bni")]
-        inputs += [(states.totals, "bnir"), (dstates.totals, "bnir"), (dx, "btnH")]
+        (*before, total), (*after, dtotal) = (self._held(x, "n", "rH") for x in (states, dstates))
         outputs = [(self.dtype, "btgr"), (self.dtype, "btnr"), (None if L is None else jnp.float32, "xbnt"), (None if dx is None else self.dtype, "btnr")]
-        dq, dk, dL, dw = self.call("dqk", dqk_kernel, inputs, outputs, self.K, "ri")
+        dq, dk, dL, dw = self.call("dqk", dqk_kernel, [*inputs, *before, *after, total, dtotal, (dx, "btnH")], outputs, self.K, "ri")
         return dq, dk, None if dL is None else dL.sum(axis=0), dw
+
+    def _held(self, states: States, head: str, part: str) -> list[tuple]:
+        """The four arrays of `states`, each with its axes: of this letter's head, and this part of features and values."""
+        local, start, left, totals = states
+        if self.plan.causal:
+            return [(local, f"b{head}i{part}"), (start, f"b{head}{part}"), (left, f"b{head}i"), (totals, f"b{head}i{part[0]}")]
+        return [(None, ""), (start, f"a{head}{part}"), (None, ""), (totals, f"a{head}{part[0]}")]
 
     def call(self, name: str, kernel, inputs, outputs, heads: int, spread: str, *, group: int | None = None, sequences: int | None = None, **static):
         """Runs `kernel`, with the tile of `name`, for these heads and all, or these, sequences, and for all tiles or chunks of each axis in `spread`, of r, h and i.
@@ -283,6 +304,7 @@ class Run:
         # Letter: (size, the part of one program, or None for a single one, which part that is).
         axes = {
             "b": (B, None, lambda r, h, i, n, b: b),
+            "a": (self.B // self.plan.segments, None, lambda r, h, i, n, b: b // self.plan.segments),
             "n": (heads, None, lambda r, h, i, n, b: n),
             "k": (self.K, None, lambda r, h, i, n, b: n // G),
             "g": (heads * G, G, lambda r, h, i, n, b: n),

@@ -12,6 +12,8 @@ dS <- exp(L_c) dS + sum_t exp(L_t) q_t do_t', so the same kernel runs it. With t
 (see ops.delta) what is written is corrected by what the state held, x = U - W S and S <- S + K'x, and backwards dx = (its part of the chunk) + K dS and
 dS <- dS + Q'do - W'dx: both are x = offset -+ read S, S <- S +- write'x. The gradient of W is -dx S'.
 
+Where nothing is causal all queries read one state, and all keys get its gradient: the same kernels, without what is within a chunk.
+
 What is asked for may be o_t / n_t. With r_t = 1 / n_t its gradients are those of the sums with queries r_t q_t, of outputs do_t, and of totals -o_t'do_t: kernels
 of the backward pass are given r, and multiply queries by it. Queries and keys may be features phi(x) of single numbers x, made when x has been read.
 
@@ -39,13 +41,14 @@ def factor_of(dtype):
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """What a kernel knows at compile time: positions of a chunk, features and values of a tile (powers of two, at least 16), the inputs' dtype, phi, who runs it."""
+    """What a kernel knows at compile time: positions of a chunk, features and values of a tile (powers of two, at least 16), the inputs' dtype, phi, whether queries see earlier keys alone, who runs it."""
 
     chunk: int
     r_tile: int
     h_tile: int
     dtype: Any
     phi: Callable[[jax.Array], jax.Array] | None
+    causal: bool
     interpret: bool
 
     @property
@@ -107,43 +110,45 @@ class Decay:
 
 @dataclasses.dataclass(frozen=True)
 class Held:
-    """References to the states of one chunk, [R, h]: `local`, of its segment alone, to which that before the segment adds what is left of it; None without segments."""
+    """References to the states of one chunk, [R, h]: `local`, of its segment alone, to which that before the segment adds what is left of it. None is nothing, or all."""
 
     local: Any
     start: Any
     left: Any
 
     def __getitem__(self, tile):
-        state = self.local[tile]
-        if self.start is None:
-            return state
-        start = self.start[tile].astype(jnp.float32)
-        return state.astype(jnp.float32) + (start if self.left is None else self.left[...] * start)
+        if self.local is None or self.start is None:
+            return (self.start if self.local is None else self.local)[tile]
+        state, start = self.local[tile].astype(jnp.float32), self.start[tile].astype(jnp.float32)
+        return state + (start if self.left is None else self.left[...] * start)
 
 
 def states_kernel(
     decay_ref, k_ref, v_ref, scale_ref, one_ref, write_ref, read_ref, offset_ref, state_ref, total_ref, x_ref, end_ref, total_end_ref, *, form: Form, reverse: bool
 ):
     """The states of one key head before every chunk, [C, r, h], and after the last one, and the same of totals z, [C, r]; with `reverse` their gradients, from the end on.
+    What is not asked for is None.
 
     Of k [T, G, r] and v [T, G, h], of the G heads that share the state (k is multiplied by `scale`, [G, T], and `one`, the same, is for the total what v is for
     the state; None means 1), and of the correction's write and read, [T, R], and offset, [T, h], whose x is [T, h]. With a correction a program has all R
     features, in tiles.
     """
-    chunks, R = state_ref.shape[:2]
+    (T, *_, R), c = (write_ref if k_ref is None else k_ref).shape, form.chunk
+    chunks, normed = T // c, total_ref is not None or total_end_ref is not None
     tiles = [pl.ds(r, form.r_tile) for r in range(0, R, form.r_tile)]
 
     def step(n, carry):
         states, total = carry
         i = chunks - 1 - n if reverse else n
-        rows, fade = pl.ds(i * form.chunk, form.chunk), Decay.read(decay_ref, i * form.chunk, form.chunk)
+        rows, fade = pl.ds(i * c, c), Decay.read(decay_ref, i * c, c)
         for tile, state in zip(tiles, states):
-            state_ref[i, tile, :] = state.astype(state_ref.dtype)
+            if state_ref is not None:
+                state_ref[i, tile, :] = state.astype(state_ref.dtype)
         if total_ref is not None:
             total_ref[i, :] = total
         faded = [fade.across(state) for state in states], None if total is None else fade.across(total)
         if offset_ref is not None:
-            offset, x = offset_ref[rows, :], zeros(form.chunk, form.h_tile)
+            offset, x = offset_ref[rows, :], zeros(c, form.h_tile)
             for tile, state in zip(tiles, states):
                 x += form.dot(read_ref[rows, tile], state, 1, 0)
             x = offset.astype(jnp.float32) + (x if reverse else -x)
@@ -163,7 +168,7 @@ def states_kernel(
         return faded if k_ref is None else repeat(k_ref.shape[1], head, faded)
 
     zero = [zeros(form.r_tile, form.h_tile) for _ in tiles]
-    states, total = repeat(chunks, step, (zero, None if total_ref is None else zeros(R)))
+    states, total = repeat(chunks, step, (zero, zeros(R) if normed else None))
     if end_ref is not None:
         for tile, state in zip(tiles, states):
             end_ref[tile, :] = state
@@ -198,20 +203,23 @@ def starts_kernel(through_ref, end_ref, total_end_ref, start_ref, total_start_re
 def output_kernel(decay_ref, q_ref, k_ref, v_ref, state_ref, start_ref, left_ref, total_ref, o_ref, norm_ref, *, form: Form, divided: bool):
     """One chunk of one query head: o [c, h] and n [c], or o / n and 1 / n, of q, k [c, R], v [c, h], and the state [R, h] and total [R] before the chunk."""
     c, R = q_ref.shape
-    fade, v, held = Decay.read(decay_ref, 0, c), v_ref[...], Held(state_ref, start_ref, left_ref)
+    fade, held = Decay.read(decay_ref, 0, c), Held(state_ref, start_ref, left_ref)
+    v = v_ref[...] if form.causal else None
 
     def features(tile, carry):
         products, o, norm = carry
-        q, k, state = form.features(q_ref[:, tile]), form.features(k_ref[:, tile]), held[tile, :]
+        q, k, state = form.features(q_ref[:, tile]), form.features(k_ref[:, tile]) if form.causal else None, held[tile, :]
         if norm is not None:
             norm = norm + jnp.sum(q.astype(jnp.float32) * total_ref[tile][None, :], axis=1)
-        return products + form.dot(q, k, 1, 1), o + form.dot(q, state, 1, 0), norm
+        return products + form.dot(q, k, 1, 1) if form.causal else None, o + form.dot(q, state, 1, 0), norm
 
-    products, o, norm = over_tiles(R, form.r_tile, features, (zeros(c, c), zeros(c, form.h_tile), None if norm_ref is None else zeros(c)))
-    scores = fade.within(products)
-    o = fade.since_start(o) + form.dot(scores, v, 1, 0)
-    if norm_ref is not None:
-        norm = fade.since_start(norm) + jnp.sum(scores, axis=1)
+    start = (zeros(c, c) if form.causal else None, zeros(c, form.h_tile), None if norm_ref is None else zeros(c))
+    products, o, norm = over_tiles(R, form.r_tile, features, start)
+    o, norm = fade.since_start(o), None if norm is None else fade.since_start(norm)
+    if form.causal:
+        scores = fade.within(products)
+        o, norm = o + form.dot(scores, v, 1, 0), None if norm is None else norm + jnp.sum(scores, axis=1)
+    if norm is not None:
         if divided:
             none = norm < jnp.finfo(norm.dtype).tiny
             norm = jnp.where(none, 0.0, 1 / jnp.where(none, 1.0, norm))
@@ -240,9 +248,9 @@ def dv_kernel(decay_ref, q_ref, k_ref, do_ref, scale_ref, dstate_ref, dstart_ref
         return dv + form.dot(k, dstate, 1, 0)
 
     dv = zeros(c, form.h_tile)
-    if dstate_ref is not None:
+    if dstate_ref is not None or dstart_ref is not None:
         dv = fade.until_end(over_tiles(R, form.r_tile, read, dv))
-    dv_ref[...] = repeat(q_ref.shape[1], head, dv).astype(dv_ref.dtype)
+    dv_ref[...] = (repeat(q_ref.shape[1], head, dv) if form.causal else dv).astype(dv_ref.dtype)
 
 
 def dqk_kernel(
@@ -280,18 +288,20 @@ def dqk_kernel(
 
         def read(tile, carry):
             products, dq = carry
-            do, v, state = do_ref[:, g, tile], v_ref[:, tile], before[:, tile]
-            return products + form.dot(do, v, 1, 1), dq + form.dot(do, state, 1, 1)
+            do, v, state = do_ref[:, g, tile], v_ref[:, tile] if form.causal else None, before[:, tile]
+            return products + form.dot(do, v, 1, 1) if form.causal else None, dq + form.dot(do, state, 1, 1)
 
-        products, dq = over_tiles(H, form.h_tile, read, (zeros(c, c), zeros(*k.shape)))
+        products, dq = over_tiles(H, form.h_tile, read, (zeros(c, c) if form.causal else None, zeros(*k.shape)))
         if dnorm_ref is not None:  # as of one more value, which is 1
             dnorm = dnorm_ref[g, :][:, None]
-            products, dq = products + dnorm, dq + dnorm * total_ref[...][None, :]
-        dscores = fade.within(products)
-        dq = fade.since_start(dq) + form.dot(dscores, k, 1, 0)
+            products, dq = products + dnorm if form.causal else None, dq + dnorm * total_ref[...][None, :]
+        dq = fade.since_start(dq)
+        if form.causal:
+            dscores = fade.within(products)
+            dq, dk = dq + form.dot(dscores, k, 1, 0), dk + form.dot(dscores, q, 0, 0)
         dL = None if dL is None else dL + jnp.sum(q.astype(jnp.float32) * dq, axis=1)
         dq_ref[:, g, :] = form.gradient(q_ref[:, g, :], dq if scale is None else by_row(scale, dq)).astype(dq_ref.dtype)
-        return dk + form.dot(dscores, q, 0, 0), dL
+        return dk, dL
 
     if dx_ref is not None:
 

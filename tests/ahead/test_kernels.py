@@ -41,9 +41,10 @@ def scans(name, dtype, R):
     """The same of a scan, with keys and queries of R features."""
     shapes = [jax.ShapeDtypeStruct((2, 1000, *rest), dtype) for rest in ((4, R), (2, R), (2, 64))] + [jax.ShapeDtypeStruct((2, 1000, 2), jnp.float32)]
     run = {
-        "linear": lambda q, k, v, _: pallas_linear.causal_sums(q, k, v),
-        "decayed": pallas_linear.causal_sums,
+        "linear": lambda q, k, v, _: pallas_linear.pallas_sums(q, k, v),
+        "decayed": pallas_linear.pallas_sums,
         "mapped": lambda q, k, v, _: linear_attention(q, k, v, causal=True, backend="pallas", phi=elu),
+        "all": lambda q, k, v, _: linear_attention(q, k, v, causal=False, backend="pallas"),
         "delta": lambda q, k, v, beta: delta_rule(q, k, v, beta, backend="pallas"),
     }[name]
     return jax.value_and_grad(lambda *args: sum(x.sum() for x in jax.tree.leaves(run(*args))), (0, 1, 2, 3)), *shapes
@@ -108,7 +109,7 @@ def test_attention_with_everything_compiles(kind, dtype, H, monkeypatch):
     assert "1000,1000]" not in text and "1024,1024]" not in text, "a dense mask or score matrix"
 
 
-SCANS = [(name, R) for name in ("linear", "decayed", "mapped") for R in (64, 256)] + [("delta", 64), ("delta", 256)]
+SCANS = [(name, R) for name in ("linear", "decayed", "mapped", "all") for R in (64, 256)] + [("delta", 64), ("delta", 256)]
 
 
 @KINDS
