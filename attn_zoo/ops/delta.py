@@ -8,8 +8,6 @@ The system is inverted by matrix products. XLA's own triangular solve, on a CPU 
 for ever now and then (jaxlib 0.10.2), and on GPUs products are what is fast.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -17,6 +15,7 @@ from jaxtyping import Array, Float
 
 from attn_zoo.ops.native_delta import native_delta_rule
 from attn_zoo.ops.pallas_linear import corrected_sums
+from attn_zoo.ops.pallas_wy import chunk_solutions
 from attn_zoo.ops.tuning import fit
 
 CHUNK = 64  # positions per step of the scan, a power of two
@@ -27,9 +26,9 @@ def delta_rule(
 ) -> Float[Array, "B T N H"]:
     """o_t above, float32 at least, from S = 0. beta = 0 leaves the memory as it is; it is stable where beta |k|^2 <= 2.
 
-    O(T) memory with gradients: one [R, H] state a chunk is kept, the rest recomputed. `backend` is "xla", "native" or "pallas" (see backends.choose_scan): on
-    Pallas kernels all chunks' systems are solved at once, by products that XLA compiles and differentiates, and the recurrence between chunks runs in the
-    kernels, forwards and backwards.
+    O(T) memory with gradients: one [R, H] state a chunk is kept, the rest recomputed. `backend` is "xla", "native" or "pallas" (see backends.choose_scan): of
+    Pallas kernels some solve all chunks' systems at once (ops.pallas_wy), and others run the recurrence between chunks (ops.pallas_linear), forwards and
+    backwards. There queries and keys are rounded to the values' dtype, in which the matrix units multiply; sums, and the systems, are float32.
     """
     if backend == "native":
         return native_delta_rule(q_BTNR, k_BTKR, v_BTKH, beta_BTK)
@@ -37,10 +36,9 @@ def delta_rule(
     K, H = v_BTKH.shape[2:]
     wide = jnp.promote_types(v_BTKH.dtype, jnp.float32)
     if backend == "pallas":
-        q, k, v, beta = (x.astype(wide) for x in (q_BTNR, k_BTKR, v_BTKH, beta_BTK))
-        c = fit(CHUNK, T)
-        # The systems are solved in float32; between chunks the matrix units multiply in the precision of the values, and add in float32.
-        return corrected_sums(*(x.astype(v_BTKH.dtype) for x in (q, k, *wy_form(k, v, beta, c))), chunk=c)
+        c, q, k = fit(CHUNK, T), q_BTNR.astype(v_BTKH.dtype), k_BTKR.astype(wide)
+        w, u = chunk_solutions(k, v_BTKH, beta_BTK, chunk=c)
+        return corrected_sums(q, k.astype(v_BTKH.dtype), w, u, chunk=c)  # which rounds k once more, so that its two gradients are added before they are rounded
     c = min(CHUNK, 1 << (T - 1).bit_length())
     chunks = -(-T // c)
 
@@ -66,11 +64,10 @@ def delta_rule(
     return jnp.moveaxis(o, (0, 2), (1, 3)).reshape(B, chunks * c, N, H)[:, :T]
 
 
-@functools.partial(jax.checkpoint, static_argnums=3)
 def wy_form(
     k_BTKR: Float[Array, "B T K R"], v_BTKH: Float[Array, "B T K H"], beta_BTK: Float[Array, "B T K"], c: int
 ) -> tuple[Float[Array, "B T K R"], Float[Array, "B T K H"]]:
-    """(W, U) of the system above, for all chunks of c at once: with S the state before a chunk, its u are U - W S. Recomputed in the backward pass."""
+    """(W, U) of the system above, for all chunks of c: with S the state before a chunk, its u are U - W S. The slow reference of ops.pallas_wy."""
     B, T, K, R = k_BTKR.shape
     chunks = -(-T // c)
 

@@ -107,7 +107,7 @@ def pallas_sums(
     L = None
     if log_decay_BTK is not None:
         # Of a decay that is a constant XLA would compute the sums while it compiles, for ten seconds and more.
-        steps = lax.optimization_barrier(_pad(log_decay_BTK.astype(jnp.float32), {1: plan.segments * v.shape[1]})).reshape(len(v), -1, plan.chunk, v.shape[2])
+        steps = lax.optimization_barrier(pad(log_decay_BTK.astype(jnp.float32), {1: plan.segments * v.shape[1]})).reshape(len(v), -1, plan.chunk, v.shape[2])
         L = jnp.moveaxis(jnp.cumsum(steps, axis=2).reshape(*v.shape[:2], -1), 1, 2)
     o, norm = _scan(plan, "both", q, k, v, L, None)
     (B, T, N, _), H = q_BTNR.shape, v_BTKH.shape[3]
@@ -160,7 +160,7 @@ def _whole(chunk: int | None, *arrays, corrected: int = 0, causal: bool = True, 
         arrays, plan = (*map(phi, arrays[:2]), arrays[2]), dataclasses.replace(plan, phi=None)
     if not corrected:  # what a delta rule adds to a state depends on the state
         plan = plan.in_segments(B * K, length, R, H)
-    arrays = [_pad(x.astype(dtype), {1: length, 3: H if x is arrays[-1] else R}) for x in arrays]
+    arrays = [pad(x.astype(dtype), {1: length, 3: H if x is arrays[-1] else R}) for x in arrays]
     return plan, [x.reshape(B * plan.segments, length // plan.segments, *x.shape[2:]) for x in arrays]
 
 
@@ -333,6 +333,7 @@ class Run:
         )(*(x for x, _ in inputs))
 
 
-def _pad(x, sizes: dict[int, int]):
+def pad(x, sizes: dict[int, int]):
+    """x with zeros at the end of these axes, up to these sizes."""
     width = [(0, sizes.get(axis, size) - size) for axis, size in enumerate(x.shape)]
     return jnp.pad(x, width) if any(after for _, after in width) else x
