@@ -19,6 +19,7 @@ from attn_zoo.attention.base import Bound, Drawn, Paper, Variant
 from attn_zoo.attention.linear import KernelDecoding, kernel_reference, state_flops
 from attn_zoo.ops.linear import divided, linear_attention, linear_attention_by_chunks
 from attn_zoo.ops.native_linear import native_random_feature_sums
+from attn_zoo.ops.pallas_features import positive_features
 from attn_zoo.ops.rows import dot_rows
 from attn_zoo.spec import check, check_int
 
@@ -67,7 +68,7 @@ class Performer(KernelDecoding):
             return divided(*native_random_feature_sums(q_BTNH, k_BSKH, v_BSKH, w_RH, valid_BS, causal=self.dims.causal, largest=LARGEST))
         if backend == "xla" and not self.dims.causal:
             return linear_attention_by_chunks(lambda q: query_features(q, w_RH), lambda k: key_features(k, w_RH), q_BTNH, k_BSKH, v_BSKH, valid_BS)
-        return linear_attention(*self.features(q_BTNH, k_BSKH, valid_BS, w_RH), v_BSKH, causal=self.dims.causal, backend=backend)
+        return linear_attention(*self.features(q_BTNH, k_BSKH, valid_BS, w_RH, backend), v_BSKH, causal=self.dims.causal, backend=backend)
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         return kernel_reference(*self.features(q_BTNH, k_BSKH, valid_BS, self.directions_for(key)), v_BSKH, causal=self.dims.causal)
@@ -75,8 +76,10 @@ class Performer(KernelDecoding):
     def features_at(self, q_B1NH, k_B1KH, t):
         return self.features(q_B1NH, k_B1KH, None, self.directions_for(None))
 
-    def features(self, q_BTNH, k_BSKH, valid_BS, w_RH):
-        """(phi(q), phi(k)), float32, zeros for invalid keys."""
+    def features(self, q_BTNH, k_BSKH, valid_BS, w_RH, backend="xla"):
+        """(phi(q), phi(k)), float32, zeros for invalid keys. On backend "pallas" bfloat16 of bfloat16, as its products want them."""
+        if backend == "pallas":
+            return positive_features(q_BTNH, w_RH), positive_features(k_BSKH, w_RH, valid_BS, largest=LARGEST)
         phi_q, phi_k = query_features(q_BTNH, w_RH), key_features(k_BSKH, w_RH)
         return phi_q, phi_k if valid_BS is None else jnp.where(valid_BS[:, :, None, None], phi_k, 0)
 

@@ -24,6 +24,7 @@ from attn_zoo.ops import backends
 from attn_zoo.ops.angles import sine_and_cosine
 from attn_zoo.ops.decayed import decayed_sums
 from attn_zoo.ops.linear import init_state, kernel_sums, state_step, with_ones
+from attn_zoo.ops.pallas_features import sine_features
 from attn_zoo.ops.rows import dot_rows, scale_rows
 from attn_zoo.spec import Unsupported, check, check_int
 
@@ -60,9 +61,9 @@ class RandomFeatureAttention(Attention):
             self.gate_bias = nnx.Param(jnp.zeros((K,)))
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
-        phi_q, phi_k = self.features(q_BTNH, k_BSKH, valid_BS, key)
-        T, N = q_BTNH.shape[1:3]
         valid_BSK, backend = validity(valid_BS, k_BSKH), self.backend(valid_BS is not None)
+        phi_q, phi_k = self.features(q_BTNH, k_BSKH, valid_BS, key, backend)
+        T, N = q_BTNH.shape[1:3]
         if self.options.gate:
             if T != k_BSKH.shape[1]:
                 raise Unsupported(f"rfa(gate=True) fades by the positions of one sequence (T={T}, S={k_BSKH.shape[1]}); gate=False does not")
@@ -115,13 +116,15 @@ class RandomFeatureAttention(Attention):
             weight_B1N = new["t"].astype(jnp.float32)
         return divide(sums[..., :-1], sums[..., -1], weight_B1N).astype(q_B1NH.dtype), new
 
-    def features(self, q_BTNH, k_BSKH, valid_BS, key):
-        """(phi(q), phi(k)), [..., 2 R], float32, zeros for invalid keys."""
+    def features(self, q_BTNH, k_BSKH, valid_BS, key, backend="xla"):
+        """(phi(q), phi(k)), [..., 2 R], float32, zeros for invalid keys. On backend "pallas" bfloat16 of bfloat16, as its products want them."""
         w_KRH = self.directions[...]
         if self.options.redraw and key is not None:
             w_KRH = jax.random.normal(key, w_KRH.shape)
             self.leave("directions", w_KRH)
         w_KRH = w_KRH * self.sigma[...][:, None]
+        if backend == "pallas":
+            return sine_features(q_BTNH, w_KRH), sine_features(k_BSKH, w_KRH, valid_BS)
         phi_q, phi_k = (random_features(x, jnp.repeat(w_KRH, x.shape[2] // len(w_KRH), axis=0)) for x in (q_BTNH, k_BSKH))
         return phi_q, phi_k if valid_BS is None else jnp.where(valid_BS[:, :, None, None], phi_k, 0)
 

@@ -51,13 +51,13 @@ def sine_and_cosine(x: Float[Array, "*shape"]) -> tuple[Float[Array, "*shape"], 
     Cephes' sinf and cosf: x less the nearest multiple of pi / 2, which is subtracted in three parts of which the first two are exact, and a polynomial of either.
     """
     x = x.astype(jnp.float32)
-    n = jnp.round(x * np.float32(2 / np.pi))
+    n = jnp.floor(x * np.float32(2 / np.pi) + np.float32(0.5))  # Pallas' Triton compiler has no round, and its remainders of integers are dear
     r = ((x - n * np.float32(1.5703125)) - n * np.float32(4.837512969970703125e-4)) - n * np.float32(7.54978995489188216e-8)
     z = r * r
     sin = ((np.float32(-1.9515295891e-4) * z + np.float32(8.3321608736e-3)) * z - np.float32(1.6666654611e-1)) * z * r + r
     cos = ((np.float32(2.443315711809948e-5) * z - np.float32(1.388731625493765e-3)) * z + np.float32(4.166664568298827e-2)) * z * z - np.float32(0.5) * z + 1
     quarter = n.astype(jnp.int32)
-    odd = quarter % 2 != 0
+    odd = quarter & 1 != 0
     signed = lambda x, turns: jnp.where(turns & 2 != 0, -x, x)
     return signed(jnp.where(odd, cos, sin), quarter), signed(jnp.where(odd, sin, cos), quarter + 1)
 

@@ -1,5 +1,6 @@
 """The Pallas kernels, compiled for GPUs: they fit into shared memory and spill little, with the tiles that the tables give them."""
 
+import functools
 import re
 
 import jax
@@ -17,6 +18,7 @@ from attn_zoo.ops.delta import delta_rule
 from attn_zoo.ops.linear import linear_attention
 from attn_zoo.ops.mosaic_attention import mosaic_attention
 from attn_zoo.ops.pallas_attention import pallas_attention
+from attn_zoo.ops.pallas_features import positive_features, sine_features
 from attn_zoo.ops.patterns import CAUSAL, FULL, Band, BlockTable, Every, Prefix
 
 DTYPES = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32], ids=["bf16", "f16", "f32"])
@@ -123,6 +125,26 @@ def test_scans_fit(name, R, dtype, kind, monkeypatch):
     assert kernels - between == {"states_kernel", "output_kernel", "dv_kernel", "dqk_kernel"} | systems
     assert by_matrix_units({name: kernel for name, kernel in found.items() if name.partition("__")[0] not in between})
     assert {name: kernel.spilled for name, kernel in found.items() if kernel.spilled > SPILLED} == {}
+
+
+def features(name, dtype, R, H):
+    """Forward and backward of random features, and their shapes: rfa's directions are of two heads, and have a gradient."""
+    w = jax.ShapeDtypeStruct((2, R, H) if name == "sines" else (R, H), jnp.float32)
+    run = {"queries": positive_features, "keys": functools.partial(positive_features, largest=60.0), "sines": sine_features}[name]
+    return jax.value_and_grad(lambda x, w: run(x, w).astype(jnp.float32).sum(), (0, 1)), jax.ShapeDtypeStruct((2, 1000, 4, H), dtype), w
+
+
+@KINDS
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
+@pytest.mark.parametrize("R", [128, 256])
+@pytest.mark.parametrize("H", [64, 128])
+@pytest.mark.parametrize("name", ["queries", "keys", "sines"])
+def test_random_features_fit(name, H, R, dtype, kind):
+    found = assembled(*features(name, dtype, R, H), gpu=kind)
+    prefix = "sines" if name == "sines" else "positive"
+    assert {kernel.partition("__")[0] for kernel in found} == {f"{prefix}_kernel", f"{prefix}_gradient_kernel"}
+    assert by_matrix_units(found)
+    assert {kernel: it.spilled for kernel, it in found.items() if it.spilled > SPILLED} == {}
 
 
 PATTERNS = [FULL, CAUSAL, Band(256, 0), Band(100, 100), CAUSAL & (Prefix(7) | Every(5)), PastSlots(3, 5, True), CAUSAL & OtherBlocks(20, 3, False)]
