@@ -117,14 +117,15 @@ class RandomFeatureAttention(Attention):
         return divide(sums[..., :-1], sums[..., -1], weight_B1N).astype(q_B1NH.dtype), new
 
     def features(self, q_BTNH, k_BSKH, valid_BS, key, backend="xla"):
-        """(phi(q), phi(k)), [..., 2 R], float32, zeros for invalid keys. On backend "pallas" bfloat16 of bfloat16, as its products want them."""
+        """(phi(q), phi(k)), [..., 2 R], float32, zeros for invalid keys. On backend "pallas" bfloat16 of bfloat16, as its products want them, but for gated keys."""
         w_KRH = self.directions[...]
         if self.options.redraw and key is not None:
             w_KRH = jax.random.normal(key, w_KRH.shape)
             self.leave("directions", w_KRH)
         w_KRH = w_KRH * self.sigma[...][:, None]
         if backend == "pallas":
-            return sine_features(q_BTNH, w_KRH), sine_features(k_BSKH, w_KRH, valid_BS)
+            # What a gate still multiplies is rounded after that alone: twice would show where an estimated denominator is near zero.
+            return sine_features(q_BTNH, w_KRH), sine_features(k_BSKH, w_KRH, valid_BS, wide=self.options.gate)
         phi_q, phi_k = (random_features(x, jnp.repeat(w_KRH, x.shape[2] // len(w_KRH), axis=0)) for x in (q_BTNH, k_BSKH))
         return phi_q, phi_k if valid_BS is None else jnp.where(valid_BS[:, :, None, None], phi_k, 0)
 

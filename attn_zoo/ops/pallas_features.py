@@ -36,26 +36,26 @@ TINY = 1e-6  # of a squared length: smooth at zero, where invalid keys are
 
 
 def positive_features(
-    x_BTNH: Float[Array, "B T N H"], w_RH: Float[Array, "R H"], valid_BT: Bool[Array, "B T"] | None = None, *, largest: float | None = None
+    x_BTNH: Float[Array, "B T N H"], w_RH: Float[Array, "R H"], valid_BT: Bool[Array, "B T"] | None = None, *, largest: float | None = None, wide: bool = False
 ) -> Float[Array, "B T N R"]:
     """exp(w'x - |x|^2 / 2 - c) of x scaled by H^-1/4: with `largest` for keys, c = 0 and no exponent is larger; without for queries, c is a position's largest exponent.
 
-    bfloat16 if x is, else float32; zeros where not valid. Constants to the gradient: the directions, and c. Of bfloat16 x an exponent is within
+    bfloat16 if x is, and not `wide`, else float32; zeros where not valid. Constants to the gradient: the directions, and c. Of bfloat16 x an exponent is within
     2^-17 H^-1/4 sum_h |w_h x_h| + 2^-22 |x|^2 / sqrt(H) of the exact one. Choromanski et al. 2021, lemma 1.
     """
     H = x_BTNH.shape[-1]
-    return _positive(largest, x_BTNH, lax.stop_gradient(w_RH)[None] * H**-0.25, valid_BT)
+    return _positive(largest, wide, x_BTNH, lax.stop_gradient(w_RH)[None] * H**-0.25, valid_BT)
 
 
 def sine_features(
-    x_BTNH: Float[Array, "B T N H"], w_KRH: Float[Array, "K R H"], valid_BT: Bool[Array, "B T"] | None = None
+    x_BTNH: Float[Array, "B T N H"], w_KRH: Float[Array, "K R H"], valid_BT: Bool[Array, "B T"] | None = None, *, wide: bool = False
 ) -> Float[Array, "B T N R2"]:
     """sqrt(1/R) [sin(w'x), cos(w'x)] of x over its length, with the directions of each of K heads, shared by N / K heads of x in a row.
 
-    bfloat16 if x is, else float32; zeros where not valid. Differentiable in x and in w. Of bfloat16 x an angle is within 2^-17 sum_h |w_h x_h| / |x| of the exact one.
-    Peng et al. 2021, sec. 2.2 and 3.1.
+    bfloat16 if x is, and not `wide`, else float32; zeros where not valid. Differentiable in x and in w. Of bfloat16 x an angle is within
+    2^-17 sum_h |w_h x_h| / |x| of the exact one. Peng et al. 2021, sec. 2.2 and 3.1.
     """
-    return _sines(x_BTNH, w_KRH, valid_BT).reshape(*x_BTNH.shape[:3], -1)
+    return _sines(wide, x_BTNH, w_KRH, valid_BT).reshape(*x_BTNH.shape[:3], -1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +80,6 @@ class Form:
     @property
     def factor(self):
         return factor_of(self.dtype)
-
-    @property
-    def written(self):
-        """The dtype of features in memory."""
-        return self.factor
 
     @property
     def tiles(self) -> int:
@@ -162,10 +157,11 @@ def sines_kernel(x_ref, w_ref, valid_ref, phi_ref, *, form: Form):
     """The sines and the cosines, [c, 2, R], of one block of vectors [c, H]."""
     inside, seen = _rows(valid_ref, form, pl.program_id(1))
     x = _read(x_ref.at[...], seen, form.columns(0, form.channels, form.H))
-    products, inverse = form.products(x, w_ref), lax.rsqrt(_square(x) + TINY)
+    unit, scale, _ = _over_length(x, form)
+    products = form.products(unit, w_ref)
 
     def write(tile, _):
-        for n, phi in enumerate(sine_and_cosine(products(tile) * inverse[:, None])):
+        for n, phi in enumerate(sine_and_cosine(products(tile) * scale)):
             _write(phi_ref.at[:, jnp.int32(n), tile], _only(phi * form.R**-0.5, seen), inside, form.columns(tile.start, form.tile, form.R))
 
     over_tiles(form.tiles * form.tile, form.tile, write, None)
@@ -184,12 +180,12 @@ def sines_gradient_kernel(x_ref, w_ref, valid_ref, dphi_ref, dx_ref, dw_ref, *, 
         rows = pl.ds(n * form.rows, form.rows)
         inside, seen = _rows(None if valid_ref is None else valid_ref.at[rows], form, first + n)
         x = _read(x_ref.at[rows, :], seen, channels)
-        inverse = lax.rsqrt(_square(x) + TINY)
-        sin, cos = sine_and_cosine(sum(form.dot(x, w_ref[part], 1, 1) for part in range(w_ref.shape[0])) * inverse[:, None])
+        unit, scale, inverse = _over_length(x, form)
+        sin, cos = sine_and_cosine(sum(form.dot(unit, w_ref[part], 1, 1) for part in range(w_ref.shape[0])) * scale)
         dsin, dcos = (_read(dphi_ref.at[rows, jnp.int32(part), :], seen, features).astype(jnp.float32) for part in (0, 1))
         dproducts = (dsin * cos - dcos * sin) * (inverse * form.R**-0.5)[:, None]
-        y, wide = form.dot(dproducts, w_ref[0], 1, 0), x.astype(jnp.float32)
-        dx = y - wide * (jnp.sum(wide * y, axis=1) * inverse * inverse)[:, None]
+        y, x_ = form.dot(dproducts, w_ref[0], 1, 0), x.astype(jnp.float32)
+        dx = y - x_ * (jnp.sum(x_ * y, axis=1) * inverse * inverse)[:, None]
         _write(dx_ref.at[rows, :], dx, inside, channels)
         return dw + form.dot(x, dproducts, 0, 0)
 
@@ -213,8 +209,14 @@ def _at_most(E, largest: float | None):
 
 
 def _square(x):
-    wide = x.astype(jnp.float32)
-    return jnp.sum(wide * wide, axis=1)
+    x = x.astype(jnp.float32)
+    return jnp.sum(x * x, axis=1)
+
+
+def _over_length(x, form: Form):
+    """(u, s, 1 / |x|) with u s = x / |x|: bfloat16 is left to be an exact factor of products, float32 is divided before them, as XLA's features are."""
+    inverse = lax.rsqrt(_square(x) + TINY)
+    return (x, inverse[:, None], inverse) if form.factor == jnp.bfloat16 else (x.astype(jnp.float32) * inverse[:, None], 1.0, inverse)
 
 
 def _rows(valid_ref, form: Form, block):
@@ -248,18 +250,18 @@ def _only(x, rows):
     return x if rows is None else jnp.where(rows[:, None], x, 0.0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _positive(largest: float | None, x_BTNH, w_KRH, valid_BT):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _positive(largest: float | None, wide: bool, x_BTNH, w_KRH, valid_BT):
     form = Form.of(x_BTNH, w_KRH, FORWARD)
-    [phi] = _call(form, positive_kernel, (x_BTNH, w_KRH, valid_BT), [("features", form.written)], largest=largest)
+    [phi] = _call(form, positive_kernel, (x_BTNH, w_KRH, valid_BT), [("features", jnp.float32 if wide else form.factor)], largest=largest)
     return phi.reshape(*x_BTNH.shape[:3], form.R)
 
 
-def _positive_fwd(largest, *inputs):
-    return _positive(largest, *inputs), inputs
+def _positive_fwd(largest, wide, *inputs):
+    return _positive(largest, wide, *inputs), inputs
 
 
-def _positive_bwd(largest, inputs, dphi_BTNR):
+def _positive_bwd(largest, wide, inputs, dphi_BTNR):
     form = Form.of(*inputs[:2], GRADIENT)
     [dx] = _call(form, positive_gradient_kernel, inputs, [("vectors", form.dtype)], given=("features", dphi_BTNR), largest=largest)
     return dx.reshape(inputs[0].shape), None, None
@@ -268,19 +270,19 @@ def _positive_bwd(largest, inputs, dphi_BTNR):
 _positive.defvjp(_positive_fwd, _positive_bwd)
 
 
-@jax.custom_vjp
-def _sines(x_BTNH, w_KRH, valid_BT):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sines(wide: bool, x_BTNH, w_KRH, valid_BT):
     """[B, T, N, 2, R]."""
     form = Form.of(x_BTNH, w_KRH, FORWARD)
-    [phi] = _call(form, sines_kernel, (x_BTNH, w_KRH, valid_BT), [("pairs", form.written)])
+    [phi] = _call(form, sines_kernel, (x_BTNH, w_KRH, valid_BT), [("pairs", jnp.float32 if wide else form.factor)])
     return phi.reshape(*x_BTNH.shape[:3], 2, form.R)
 
 
-def _sines_fwd(*inputs):
-    return _sines(*inputs), inputs
+def _sines_fwd(wide, *inputs):
+    return _sines(wide, *inputs), inputs
 
 
-def _sines_bwd(inputs, dphi_BTN2R):
+def _sines_bwd(wide, inputs, dphi_BTN2R):
     x_BTNH, w_KRH, _ = inputs
     form = Form.of(x_BTNH, w_KRH, SINES_GRADIENT)
     outputs = [("shares", form.dtype if form.tiles == 1 else jnp.float32), ("directions", jnp.float32)]

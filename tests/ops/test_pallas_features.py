@@ -10,7 +10,7 @@ from test_pallas_linear import assert_close, layer, lowered, results
 
 from attn_zoo.attention.performer import LARGEST, draw, key_features, query_features
 from attn_zoo.attention.rfa import random_features
-from attn_zoo.ops import pallas_features, pallas_linear
+from attn_zoo.ops import pallas_linear
 from attn_zoo.ops.pallas_features import positive_features, sine_features
 
 DTYPES = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=["f32", "bf16", "f16"])
@@ -122,13 +122,12 @@ def test_the_largest_feature_of_a_query_is_exactly_one(dtype, R, interpreted):
 @pytest.mark.parametrize("H", [64, 128])
 @pytest.mark.parametrize("long", [1.0, 2.0], ids=["as-long-as-layers-have-them", "twice-as-long"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
-def test_exponents_are_as_exact_as_promised(dtype, long, H, interpreted, monkeypatch):
-    """Of keys with |x|^2 = H and 4 H, against float64. The features are kept in float32 here, so that their logarithms show it."""
-    monkeypatch.setattr(pallas_features.Form, "written", jnp.float32)
+def test_exponents_are_as_exact_as_promised(dtype, long, H, interpreted):
+    """Of keys with |x|^2 = H and 4 H, against float64. Features in float32, whose logarithms show it."""
     w = draw(jax.random.key(0), 128, H)
     x = jax.random.normal(jax.random.key(1), (1, 500, 1, H))
     x = (long * H**0.5 * x / jnp.linalg.norm(x, axis=-1, keepdims=True)).astype(dtype)
-    found = np.log(np.asarray(KEYS(x, w), np.float64))[0, :, 0]
+    found = np.log(np.asarray(KEYS(x, w, wide=True), np.float64))[0, :, 0]
     x, w = np.asarray(x, np.float64)[0, :, 0] * H**-0.25, np.asarray(w, np.float64)
     exact = x @ w.T - 0.5 * (x * x).sum(axis=1, keepdims=True)
     normal = exact > -80  # beyond, the features are subnormal, or zero
@@ -148,7 +147,12 @@ def test_under_vmap_they_are_the_same(interpreted):
 def arrays_between(attention, dtype):
     """Sizes of float32 arrays of as many numbers as features, in the program of a layer, outside its kernels."""
     shapes = [jax.ShapeDtypeStruct((2, 128, heads, 16), dtype) for heads in (4, 2, 2)]
-    return [v.aval for eqn in jax.make_jaxpr(attention)(*shapes).eqns for v in eqn.outvars if v.aval.dtype == jnp.float32 and v.aval.shape[:2] == (2, 128) and v.aval.shape[-1] >= 24]
+    return [
+        v.aval
+        for eqn in jax.make_jaxpr(attention)(*shapes).eqns
+        for v in eqn.outvars
+        if v.aval.dtype == jnp.float32 and v.aval.shape[:2] == (2, 128) and v.aval.shape[-1] >= 24
+    ]
 
 
 @pytest.mark.parametrize("spec", ["performer(features=24)", "rfa(features=12)"])
