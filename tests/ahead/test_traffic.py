@@ -38,7 +38,13 @@ def test_traffic_is_counted():
 LIMITS = {
     ("linear", True): (9, 28),
     ("linear", False): (5, 17),
+    ("performer", True): (20, 58),
+    ("performer", False): (13, 39),
+    ("rfa", True): (22, 63),
+    ("rfa", False): (15, 44),
     ("retention", True): (12, 33),
+    ("delta(feature_map='elu')", True): (21, 65),
+    ("delta", True): (46, 136),
 }
 
 
