@@ -7,7 +7,7 @@
     python experiments/tune.py --report_only --write                          # and the choice into the package's tuning.json
 
 Each kernel is timed alone on two problems: those of attention on causal attention and a causal window, those of scans on sums without and with decay
-("corrected" on a delta rule). Candidates are compiled side by side, those nearest to the present tile first, held to what XLA computes, and timed in
+("corrected" and "wy" on a delta rule). Candidates are compiled side by side, those nearest to the present tile first, held to what XLA computes, and timed in
 interleaved rounds; a timing is of as many calls as take some milliseconds. The choice is the least product of the problems' medians; of chunks, at which scans
 have their tiles, that of all kernels together. What does not compile, or computes something else, is left out and counted.
 """

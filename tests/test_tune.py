@@ -113,12 +113,12 @@ def test_scans_are_held_to_what_xla_does_at_every_chunk(scans):
     tiles = {}
     for kernel in tuning.SCANS:
         default = tuning.scan_tile(kernel, jnp.float32, 16, device="default")
-        chunks = (64,) if kernel == "corrected" else (64, 128)  # a delta rule has a chunk of its own
+        chunks = (64,) if kernel in tuning.DELTA else (64, 128)  # a delta rule has a chunk of its own
         tiles[kernel] = {(chunk, 16, 16, warps, 2) for chunk in chunks for warps in (4, 8)} | {(64, 16, 16, default.num_warps, default.num_stages)}
     assert found == {
         (kernel, problem, *tile): "wrong" if (kernel, tile[0]) == ("output", 128) else "ok"
         for kernel in tuning.SCANS
-        for problem in (["delta"] if kernel == "corrected" else ["linear", "decayed"])
+        for problem in (["delta"] if kernel in tuning.DELTA else ["linear", "decayed"])
         for tile in tiles[kernel]
     }
 
@@ -149,7 +149,7 @@ def test_the_chunk_is_the_fastest_of_those_that_all_kernels_serve(scans, slower,
         assert slower == 1 or chunk == max(chunks)
         assert tuning.scan_chunk(jnp.float32, 16, device=device) == chunk
         for kernel in tuning.SCANS:
-            tile = ScanTile(*best[kernel, 64 if kernel == "corrected" else chunk])
+            tile = ScanTile(*best[kernel, 64 if kernel in tuning.DELTA else chunk])
             assert tuning.scan_tile(kernel, jnp.float32, 16, device=device) == tile
             assert tuning.scan_tile(kernel, jnp.float32, 64, device=device) == tuning.scan_tile(kernel, jnp.float32, 64, device="default")
 

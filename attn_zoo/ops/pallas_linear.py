@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from attn_zoo.ops.pallas_linear_kernels import Form, dqk_kernel, dv_kernel, factor_of, output_kernel, starts_kernel, states_kernel
-from attn_zoo.ops.tuning import SCANS, ScanTile, fit, scan_chunk, scan_tile
+from attn_zoo.ops.tuning import ScanTile, fit, scan_chunk, scan_tile
 from attn_zoo.spec import Unsupported
 
 INTERPRET = False  # tests set it: the kernels then run on any device, slowly
@@ -152,7 +152,7 @@ def _whole(chunk: int | None, *arrays, corrected: int = 0, causal: bool = True, 
     if reason is not True:
         raise Unsupported(f"the Pallas kernels cannot serve here: {reason}")
     (B, T, _, R), (K, H) = arrays[0].shape, arrays[-1].shape[2:]
-    kernels = [kernel for kernel in SCANS if kernel != ("states" if corrected else "corrected")]
+    kernels = ("corrected" if corrected else "states", "output", "dv", "dqk")
     plan = Plan.of(fit(chunk or scan_chunk(dtype, H), T), dtype, R, H, kernels, causal=causal, phi=phi)
     ceil = lambda size, step: -(-size // step) * step
     length, R, H = (ceil(*pair) for pair in zip((T, R, H), (plan.chunk, *plan.widest), strict=True))

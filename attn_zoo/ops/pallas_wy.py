@@ -28,13 +28,11 @@ from jaxtyping import Array, Float
 
 from attn_zoo.ops.pallas_kernels import precision_of_float32
 from attn_zoo.ops.pallas_linear import Plan, Run, pad, serves
-from attn_zoo.ops.pallas_linear_kernels import Form, factor_of, over_tiles, zeros
-from attn_zoo.ops.tuning import LEAST, ScanTile, fit
+from attn_zoo.ops.pallas_linear_kernels import Form, over_tiles, zeros
+from attn_zoo.ops.tuning import LEAST
 from attn_zoo.spec import Unsupported
 
 BLOCK = 32  # positions: with 16 four warps compute all products twice, with 64 those above the diagonal too
-# By the dtype of factors. No GPU has chosen them: they are what compiles with few registers spilled (tests/ahead).
-TILES = {jnp.bfloat16: ScanTile(64, 64, num_warps=4, num_stages=1), jnp.float32: ScanTile(16, 64, num_warps=4, num_stages=1)}
 
 
 def chunk_solutions(
@@ -48,24 +46,22 @@ def chunk_solutions(
     reason = serves(dtype, corrected=R)
     if reason is not True:
         raise Unsupported(f"the Pallas kernels cannot serve here: {reason}")
-    tuned = TILES[factor_of(dtype)]
-    tile = ScanTile(fit(tuned.features, R), fit(tuned.values, H), tuned.num_warps, tuned.num_stages)
-    plan = Plan(chunk, dtype, (("wy", tile),))
-    length, features, values = (-(-size // step) * step for size, step in ((T, chunk), (R, tile.features), (H, tile.values)))
+    plan = Plan.of(chunk, dtype, R, H, ("wy",))
+    length, features, values = (-(-size // step) * step for size, step in zip((T, R, H), (chunk, *plan.widest)))
     k, v, beta = pad(k_BTKR.astype(dtype), {1: length, 3: features}), pad(v_BTKH, {1: length, 3: values}), pad(beta_BTK.astype(jnp.float32), {1: length})
-    w, u = _solve(plan, k, v, beta)
+    w, u = solve(plan, k, v, beta)
     return w[:, :T, :, :R], u[:, :T, :, :H]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _solve(plan: Plan, k, v, beta):
+def solve(plan: Plan, k, v, beta):
     """(W, U) of arrays in whole chunks and tiles."""
     inputs, outputs = [(k, "btnR"), (v, "btnH"), (beta, "btn")], [(plan.dtype, "btnR"), (plan.dtype, "btnH")]
     return Run(plan, k, v).call("wy", wy_kernel, inputs, outputs, k.shape[2], "i")
 
 
 def _solve_fwd(plan, *inputs):
-    return _solve(plan, *inputs), inputs
+    return solve(plan, *inputs), inputs
 
 
 def _solve_bwd(plan, inputs, cotangents):
@@ -75,7 +71,7 @@ def _solve_bwd(plan, inputs, cotangents):
     return Run(plan, k, v).call("wy", dwy_kernel, inputs, outputs, k.shape[2], "i")
 
 
-_solve.defvjp(_solve_fwd, _solve_bwd)
+solve.defvjp(_solve_fwd, _solve_bwd)
 
 
 def wy_kernel(k_ref, v_ref, beta_ref, w_ref, u_ref, *, form: Form):

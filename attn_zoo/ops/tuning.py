@@ -20,7 +20,8 @@ from attn_zoo.ops.patterns import Pattern
 from attn_zoo.spec import UserError
 
 KERNELS = ("forward", "dq", "dkv")
-SCANS = ("states", "output", "dv", "dqk", "corrected")  # "corrected" is "states" under a delta rule
+DELTA = ("corrected", "wy")  # of a delta rule, at its own chunk: "corrected" is "states" there, "wy" solves its systems
+SCANS = ("states", "output", "dv", "dqk", *DELTA)
 MOST_HEAD_DIM = 256  # the last row of a table; scans of more values have its tiles
 PATH = Path(__file__).parent / "tuning.json"
 LEAST = 16  # rows and columns that the matrix units of a GPU take at once

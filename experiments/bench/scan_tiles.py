@@ -14,7 +14,8 @@ from attn_zoo.ops import delta, tuning
 from attn_zoo.ops.decayed import decayed_sums
 from attn_zoo.ops.linear import kernel_sums
 from attn_zoo.ops.pallas_linear import Plan, Run, States
-from attn_zoo.ops.tuning import LEAST, SCANS, ScanTile, fit, power_of_two
+from attn_zoo.ops.pallas_wy import solve
+from attn_zoo.ops.tuning import DELTA, LEAST, SCANS, ScanTile, fit, power_of_two
 
 RUNS = {"states": 2, "output": 1, "dv": 1, "dqk": 1}  # of a kernel, forward + backward
 
@@ -45,16 +46,16 @@ class ScanTiles:
     dtypes: ClassVar[tuple[str, ...]] = ("bfloat16", "float32")
 
     def problems(self, kernel: str) -> list[str]:
-        return ["delta"] if kernel == "corrected" else ["linear", "decayed"]
+        return ["delta"] if kernel in DELTA else ["linear", "decayed"]
 
     def present(self, kernel: str, dtype: str, H: int) -> ChunkedTile:
         tile = tuning.scan_tile(kernel, dtype, H)
-        chunk = delta.CHUNK if kernel == "corrected" else tuning.scan_chunk(dtype, H)
+        chunk = delta.CHUNK if kernel in DELTA else tuning.scan_chunk(dtype, H)
         return ChunkedTile(fit(chunk, self.settings["T"]), fit(tile.features, H), fit(tile.values, H), tile.num_warps, tile.num_stages)
 
     def candidates(self, kernel: str, H: int) -> list[ChunkedTile]:
         s = self.settings
-        chunks = [delta.CHUNK] if kernel == "corrected" else s["chunks"]  # the systems of a delta rule are solved in its own
+        chunks = [delta.CHUNK] if kernel in DELTA else s["chunks"]
         chunks = sorted({fit(chunk, s["T"]) for chunk in chunks})
         blocks = [block for block in s["blocks"] if block <= power_of_two(H)]
         return list(itertools.starmap(ChunkedTile, itertools.product(chunks, blocks, blocks, s["warps"], s["stages"])))
@@ -75,7 +76,8 @@ class ScanTiles:
         if problem == "delta":
             k = (k / width**0.5).astype(dtype)
             w = (k / 8).astype(dtype)  # small: the memory is stable, as that of a delta rule is
-            return {"corrected": ((k, v, w), _corrected(k, v, w, chunk))}
+            beta, dw = jax.random.uniform(keys[4], k.shape[:3]), jax.random.normal(keys[5], k.shape).astype(dtype)
+            return {"corrected": ((k, v, w), _corrected(k, v, w, chunk)), "wy": ((k, v, beta, dw, do), _solved(k, v, beta, dw, do, chunk))}
         dnorm = jax.random.normal(keys[4], (B, s["N"], length))
         L = None
         if problem == "decayed":
@@ -106,7 +108,7 @@ class ScanTiles:
             return math.prod(sum(n * costs[kernel][best[kernel, chunk]][problem] for kernel, n in RUNS.items()) for problem in self.problems("states"))
 
         chunk = min(whole, key=together) if whole else self.present("states", dtype, H).chunk
-        return {kernel: tile for (kernel, at), tile in best.items() if at == chunk or kernel == "corrected"}
+        return {kernel: tile for (kernel, at), tile in best.items() if at == chunk or kernel in DELTA}
 
     def entries(self, chosen: dict[str, ChunkedTile]) -> dict[str, list | int]:
         chunk = {tile.chunk for kernel, tile in chosen.items() if kernel in RUNS}
@@ -125,6 +127,7 @@ _CALLS = {
         q, k, v, do, dnorm, None, L, _held(states, totals), _held(dstates, dtotals)
     ),
     "corrected": lambda plan, k, u, w: _corrected_found(*Run(plan, k, u).states(k, u, None, w, False)),
+    "wy": lambda plan, k, v, beta, dw, du: _with_gradients(functools.partial(solve, plan), (k, v, beta), (dw, du)),
 }
 
 
@@ -138,6 +141,18 @@ def _found(states: States) -> tuple:
 
 def _corrected_found(states: States, values) -> tuple:
     return states.local, values
+
+
+def _with_gradients(f, inputs: tuple, cotangents: tuple) -> tuple:
+    outputs, pull = jax.vjp(f, *inputs)
+    return (*outputs, *pull(cotangents))
+
+
+@functools.partial(jax.jit, static_argnums=5)
+def _solved(k, v, beta, dw, du, chunk: int) -> tuple:
+    """(W, U), and the gradients of keys, values and rates, of float32 systems."""
+    wide = lambda *arrays: [x.astype(jnp.float32) for x in arrays]
+    return _with_gradients(lambda *inputs: delta.wy_form(*inputs, chunk), wide(k, v, beta), tuple(wide(dw, du)))
 
 
 @functools.partial(jax.jit, static_argnums=6)
