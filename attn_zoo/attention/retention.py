@@ -18,6 +18,7 @@ from attn_zoo.attention.base import Attention, Bound, Paper, Variant, repeat_kv
 from attn_zoo.ops import backends
 from attn_zoo.ops.decayed import decayed_sums
 from attn_zoo.ops.linear import init_state, state_step, with_ones
+from attn_zoo.ops.rows import dot_rows, scale_rows
 from attn_zoo.spec import check_number
 
 EPSILON = 1e-6  # of the group norm, as in the authors' code
@@ -49,7 +50,7 @@ class Retention(Attention):
             o_ahead, scores_ahead = (x[:, ::-1] for x in sums(*(x[:, ::-1] for x in (q_BTNH, k_BSKH, v_BSKH))))
             own_BTN = jnp.einsum("BTNH,BTNH->BTN", *(x.astype(o_BTNH.dtype) for x in (q_BTNH, repeat_kv(k_BSKH, N))))  # is in both
             o_BTNH, scores_BTN = o_BTNH + o_ahead - own_BTN[..., None] * repeat_kv(v_BSKH, N), scores_BTN + scores_ahead - own_BTN
-        return group_norm(o_BTNH, scores_BTN[..., None], self.score_scale(T))
+        return group_norm(o_BTNH, scores_BTN, self.score_scale(T))
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         T, N = q_BTNH.shape[1:3]
@@ -60,7 +61,7 @@ class Retention(Attention):
         scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, repeat_kv(k_BSKH, N), precision="highest") * self.dims.head_dim**-0.5
         scores_BNTS = scores_BNTS * np.repeat(decay_KTS, N // self.dims.num_kv_heads, axis=0).astype(np.float32)
         o_BTNH = jnp.einsum("BNTS,BSNH->BTNH", scores_BNTS, repeat_kv(v_BSKH, N), precision="highest")
-        return group_norm(o_BTNH, jnp.moveaxis(scores_BNTS.sum(axis=-1), 1, 2)[..., None])
+        return group_norm(o_BTNH, jnp.moveaxis(scores_BNTS.sum(axis=-1), 1, 2))
 
     def init_cache(self, B, max_len):
         self.check_decoding(max_len)
@@ -69,16 +70,16 @@ class Retention(Attention):
 
     def step(self, q_B1NH, k_B1KH, v_B1KH, cache):
         o, state = state_step(q_B1NH, k_B1KH, with_ones(v_B1KH), cache["state"], jnp.asarray(self.log_decays(), jnp.float32))
-        o = o * jnp.asarray(self.score_scale(self.dims.max_len))[cache["t"]]
-        return group_norm(o[..., :-1], o[..., -1:]).astype(q_B1NH.dtype), {"state": state, "t": cache["t"] + 1}
+        scale_N = jnp.asarray(self.score_scale(self.dims.max_len))[cache["t"]]
+        return group_norm(o[..., :-1], o[..., -1], scale_N).astype(q_B1NH.dtype), {"state": state, "t": cache["t"] + 1}
 
     def score_scale(self, T: int) -> np.ndarray:
-        """1 / sqrt(H sum_j gamma^|t - j|) of each position and query head, [T, N, 1], the sum over j <= t, or all j if not causal."""
+        """1 / sqrt(H sum_j gamma^|t - j|) of each position and query head, [T, N], the sum over j <= t, or all j if not causal."""
         log_K, t_T1 = self.log_decays(), np.arange(T)[:, None]
         back, ahead = ((np.expm1(n * log_K) / np.expm1(log_K)) for n in (t_T1 + 1, T - t_T1))  # geometric sums of n terms
         total_TK = back if self.dims.causal else back + ahead - 1
         scale_TK = ((self.dims.head_dim * total_TK) ** -0.5).astype(np.float32)
-        return np.repeat(scale_TK, self.dims.num_heads // self.dims.num_kv_heads, axis=1)[..., None]
+        return np.repeat(scale_TK, self.dims.num_heads // self.dims.num_kv_heads, axis=1)
 
     def backend(self, masked=False):
         return backends.choose_scan(self.dims.backend, self.dims.dtype)
@@ -88,13 +89,14 @@ class Retention(Attention):
         return flops(self.options, B, T, S, d.num_heads, d.head_dim, d.causal, K=d.num_kv_heads)
 
 
-def group_norm(o_BTNH, scores_BTN1, scale=1.0):
+def group_norm(o_BTNH, scores_BTN, scale_TN=1.0):
     """Each head's output over max(|sum of its scores|, 1), and then over its root mean square; scale: of both, to begin with.
 
     What a row is multiplied by is found first, so that o itself is read and written once.
     """
-    factor_BTN1 = scale / jnp.maximum(abs(jax.lax.stop_gradient(scores_BTN1)) * scale, 1)
-    return o_BTNH * (factor_BTN1 * (jnp.mean(jnp.square(o_BTNH), axis=-1, keepdims=True) * factor_BTN1**2 + EPSILON) ** -0.5)
+    factor_BTN = scale_TN / jnp.maximum(abs(jax.lax.stop_gradient(scores_BTN)) * scale_TN, 1)
+    mean_square_BTN = dot_rows(o_BTNH, o_BTNH) / o_BTNH.shape[-1]
+    return scale_rows(o_BTNH, factor_BTN * (mean_square_BTN * factor_BTN**2 + EPSILON) ** -0.5)
 
 
 def flops(options: Options, B: int, T: int, S: int, N: int, H: int, causal: bool, K: int | None = None) -> float:
