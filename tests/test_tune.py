@@ -154,6 +154,14 @@ def test_the_chunk_is_the_fastest_of_those_that_all_kernels_serve(scans, slower,
             assert tuning.scan_tile(kernel, jnp.float32, 64, device=device) == tuning.scan_tile(kernel, jnp.float32, 64, device="default")
 
 
+def test_a_dtype_has_the_same_tiles_by_its_name():
+    for dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
+        for kernel in tuning.SCANS:
+            named, typed = (tuning.scan_tile(kernel, x, 64, device="NVIDIA H200") for x in (jnp.dtype(dtype).name, dtype))
+            assert named == typed
+    assert tuning.scan_tile("states", "bfloat16", 64, device="NVIDIA H200") != tuning.scan_tile("states", "float32", 64, device="NVIDIA H200")
+
+
 def test_the_table_follows_from_the_records_and_counts_what_is_left_out(folder, tmp_path):
     shutil.copy(folder / "records.json", tmp_path)
     assert run(tmp_path, "--report_only").returncode == 0

@@ -26,7 +26,7 @@ def delta_rule(
 ) -> Float[Array, "B T N H"]:
     """o_t above, float32 at least, from S = 0. beta = 0 leaves the memory as it is; it is stable where beta |k|^2 <= 2.
 
-    O(T) memory with gradients: one [R, H] state a chunk is kept, the rest recomputed. `backend` is "xla", "native" or "pallas" (see backends.choose_scan): of
+    O(T) memory with gradients: one [R, H] state a chunk is kept, the rest recomputed (on Pallas' kernels W, U and the u are kept too). `backend` is "xla", "native" or "pallas" (see backends.choose_scan): of
     Pallas kernels some solve all chunks' systems at once (ops.pallas_wy), and others run the recurrence between chunks (ops.pallas_linear), forwards and
     backwards. There queries and keys are rounded to the values' dtype, in which the matrix units multiply; sums, and the systems, are float32.
     """
@@ -38,7 +38,7 @@ def delta_rule(
     if backend == "pallas":
         c, q, k = fit(CHUNK, T), q_BTNR.astype(v_BTKH.dtype), k_BTKR.astype(wide)
         w, u = chunk_solutions(k, v_BTKH, beta_BTK, chunk=c)
-        return corrected_sums(q, k.astype(v_BTKH.dtype), w, u, chunk=c)  # which rounds k once more, so that its two gradients are added before they are rounded
+        return corrected_sums(q, k.astype(v_BTKH.dtype), w, u, chunk=c)  # which rounds k by itself, so that the sum of its two gradients is not rounded
     c = min(CHUNK, 1 << (T - 1).bit_length())
     chunks = -(-T // c)
 

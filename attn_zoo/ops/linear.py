@@ -28,7 +28,8 @@ def linear_attention(
     """o_i = phi(q_i)' sum_j phi(k_j) v_j' / phi(q_i)' sum_j phi(k_j), over all j or j <= i. Katharopoulos et al. 2020, eq. 5 and 9.
 
     Features must not be negative in sum over a row; invalid keys are given as phi(k) = 0. A row whose denominator is zero, or subnormal, gives zeros.
-    phi: None, or a function of single numbers that makes features of the first two arguments; Pallas' kernels apply it where they read them.
+    phi: None, or a function of single numbers that makes features of the first two arguments; Pallas' kernels apply it where they read them. They have one length
+    for queries and keys: without a causal order, the shorter are padded to the longer.
     """
     T, S = phi_q_BTNR.shape[1], phi_k_BSKR.shape[1]
     if backend == "pallas" and (phi is None or T == S):

@@ -2,7 +2,7 @@
 
 One program has some positions of one head and multiplies them by all directions, on the matrix units; what becomes of the products (maxima, exponentials, sines)
 stays in registers. Backwards the same is computed again from the vectors, which takes less memory traffic than to read the features where there are more of them
-than channels, and nothing is kept but the inputs. Compiled by Pallas' Triton backend, like the scans of pallas_linear, whose factors the features are.
+than channels, and nothing is kept but the inputs (sines of many directions and channels need an array of the vectors' size for each tile of directions). Compiled by Pallas' Triton backend, like the scans of pallas_linear, whose factors the features are.
 
 bfloat16 vectors are exact factors. Directions are float32, and so are taken apart into two bfloat16 numbers each, which leaves 2^-18 of them: an error of at most
 2^-17 sum_h |w_h x_h| in a product. All else is float32, and the features are rounded to bfloat16 in the end, as the products of the scan want them: 2^-9 of each.
@@ -30,6 +30,8 @@ from attn_zoo.ops.tuning import LEAST, fit, power_of_two
 FORWARD = {2: (128, 16384, 16384), 4: (64, 4096, 4096)}
 GRADIENT = {2: (128, 16384, 8192), 4: (32, 2048, 2048)}
 SINES_GRADIENT = {2: (64, 8192, 8192), 4: (16, 1024, 2048)}
+USUAL = 128  # channels; of more of them fewer positions
+MOST = 256  # channels, of which registers hold what the kernels need
 NUM_WARPS, NUM_STAGES = 8, 1
 BLOCKS = 8  # blocks of positions of a program that adds up the gradient of its directions, of which each program writes one
 TINY = 1e-6  # of a squared length: smooth at zero, where invalid keys are
@@ -74,7 +76,7 @@ class Form:
     def of(cls, x_BTNH, w, sizes) -> "Form":
         (B, T, _, H), R = x_BTNH.shape, w.shape[-2]
         rows, products, directions = sizes[jnp.dtype(factor_of(x_BTNH.dtype)).itemsize]
-        tile = fit(directions // power_of_two(H), R)
+        tile, rows = fit(directions // power_of_two(H), R), rows * USUAL // max(USUAL, power_of_two(H))
         return cls(B * T, R, H, fit(min(rows, products // tile), B * T), tile, jnp.dtype(x_BTNH.dtype), pallas_linear.INTERPRET)
 
     @property
@@ -143,7 +145,7 @@ def positive_gradient_kernel(x_ref, w_ref, valid_ref, dphi_ref, dx_ref, *, form:
         dx, total = carry
         dphi = _read(dphi_ref.at[:, tile], seen, form.columns(tile.start, form.tile, form.R)).astype(jnp.float32)
         E = products(tile) - shift[:, None]
-        dE = jnp.exp(_at_most(E, largest)) * dphi
+        dE = jnp.exp(jnp.minimum(E, 0.0 if largest is None else largest)) * dphi  # a query's are at most 0, but for directions that are padding
         if largest is not None:
             dE = jnp.where(E < largest, dE, 0.0)
         return dx + form.dot(dE, w_ref[0, tile, :], 1, 0), total + jnp.sum(dE, axis=1)
@@ -189,7 +191,8 @@ def sines_gradient_kernel(x_ref, w_ref, valid_ref, dphi_ref, dx_ref, dw_ref, *, 
         _write(dx_ref.at[rows, :], dx, inside, channels)
         return dw + form.dot(x, dproducts, 0, 0)
 
-    dw_ref[...] = lax.fori_loop(0, count, block, zeros(form.channels, form.tile))
+    left = jnp.minimum(count, form.blocks - first)  # beyond the last block is the memory of others
+    dw_ref[...] = lax.fori_loop(0, left, block, zeros(form.channels, form.tile))
 
 
 def _shift(products, x, form: Form, largest: float | None):

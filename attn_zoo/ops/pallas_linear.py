@@ -1,6 +1,6 @@
 """The sums of linearized attention, causal ones and over all keys, as Pallas kernels, for NVIDIA GPUs: what flash-linear-attention is to PyTorch.
 
-Two kernels (see pallas_linear_kernels) forwards: the states at the boundaries of chunks, in sequence, then the outputs of all chunks at once. Backwards the
+Kernels (see pallas_linear_kernels) forwards: the states at the boundaries of chunks, in sequence, then the outputs of all chunks at once. Backwards the
 gradients of the states, by the same kernel from the end on, then those of the inputs for all chunks at once. Memory is O(T): the states are kept, which are
 R / chunk of the values. They are compiled by Pallas' Triton backend, like those of pallas_attention; what belongs to it stands in `Run.call` alone.
 
@@ -34,7 +34,7 @@ Wanted = Literal["both", "first", "ratio"]  # of the two sums, with values and w
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How a problem is computed: positions of a chunk, the inputs' dtype, and the tiles of the kernels that it runs, each by its name in tuning.SCANS, or "starts".
+    """How a problem is computed: positions of a chunk, the inputs' dtype, and the tiles of the kernels that it runs, each by its name.
 
     segments: of each sequence; causal: whether queries see no later keys; phi: what makes features of the numbers in queries and keys, or None.
     """
@@ -54,10 +54,14 @@ class Plan:
         return cls(chunk, jnp.dtype(dtype), tuple(tiles.items()), **options)
 
     def in_segments(self, heads: int, T: int, R: int, H: int) -> "Plan":
-        """The same with as many segments as keep a GPU busy, for this many key heads of all sequences; whole chunks and tiles."""
+        """The same with as many segments as keep a GPU busy, for this many key heads of all sequences; whole chunks and tiles.
+
+        If half as many divide the chunks, these are taken: to pad the others with chunks of zeros would copy all arrays.
+        """
         tile, chunks = dict(self.tiles)["states"], T // self.chunk
-        wanted = PROGRAMS // (heads * (R // tile.features) * (H // tile.values))
-        return dataclasses.replace(self, segments=max(n for n in range(1, max(1, min(wanted, chunks // LEAST_CHUNKS)) + 1) if chunks % n == 0))
+        wanted = max(1, min(PROGRAMS // (heads * (R // tile.features) * (H // tile.values)), chunks // LEAST_CHUNKS))
+        dividing = max(n for n in range(1, wanted + 1) if chunks % n == 0)
+        return dataclasses.replace(self, segments=dividing if 2 * dividing >= wanted else wanted)
 
     @property
     def widest(self) -> tuple[int, int]:
@@ -103,6 +107,8 @@ def pallas_sums(
     All sums are in float32; of bfloat16 values, all factors of products are bfloat16, as the matrix units want them, and the first sum is rounded to it.
     Raises Unsupported, with the reason, for what `serves` refuses.
     """
+    if log_decay_BTK is not None and not causal:
+        raise ValueError("log_decay_BTK: sums over all keys do not fade; a decay needs causal=True")
     plan, (q, k, v) = _whole(None, q_BTNR, k_BTKR, v_BTKH, causal=causal)
     L = None
     if log_decay_BTK is not None:
@@ -156,10 +162,11 @@ def _whole(chunk: int | None, *arrays, corrected: int = 0, causal: bool = True, 
     plan = Plan.of(fit(chunk or scan_chunk(dtype, H), T), dtype, R, H, kernels, causal=causal, phi=phi)
     ceil = lambda size, step: -(-size // step) * step
     length, R, H = (ceil(*pair) for pair in zip((T, R, H), (plan.chunk, *plan.widest), strict=True))
-    if phi is not None and (R != arrays[0].shape[3] or not causal and length != T):  # the features of what is padded need not be 0; no query sees later keys
-        arrays, plan = (*map(phi, arrays[:2]), arrays[2]), dataclasses.replace(plan, phi=None)
     if not corrected:  # what a delta rule adds to a state depends on the state
         plan = plan.in_segments(B * K, length, R, H)
+        length = ceil(length, plan.chunk * plan.segments)
+    if phi is not None and (R != arrays[0].shape[3] or not causal and length != T):  # the features of what is padded need not be 0; no query sees later keys
+        arrays, plan = (*map(phi, arrays[:2]), arrays[2]), dataclasses.replace(plan, phi=None)
     arrays = [pad(x.astype(dtype), {1: length, 3: H if x is arrays[-1] else R}) for x in arrays]
     return plan, [x.reshape(B * plan.segments, length // plan.segments, *x.shape[2:]) for x in arrays]
 
@@ -183,12 +190,12 @@ def _scan_fwd(plan, wanted, q, k, v, L, w):
     states, values = run.states(k, v, L, w, wanted != "first")
     o, norm = run.outputs(q, k, values, L, states, wanted == "ratio")
     ratio, inverse = (o, norm) if wanted == "ratio" else (None, None)
-    return (o, norm) if wanted == "both" else o, (q, k, v, L, w, states, values, ratio, inverse)
+    return (o, norm) if wanted == "both" else o, (q, k, values, L, w, states, ratio, inverse)
 
 
 def _scan_bwd(plan, wanted, kept, cotangents):
-    q, k, v, L, w, states, values, ratio, scale = kept
-    run = Run(plan, q, v)
+    q, k, values, L, w, states, ratio, scale = kept
+    run = Run(plan, q, values)
     do, dnorm = cotangents if wanted == "both" else (cotangents, None)
     if wanted == "ratio":
         dnorm = -jnp.sum(ratio.astype(jnp.float32) * do.astype(jnp.float32), axis=3).swapaxes(1, 2)
@@ -245,7 +252,7 @@ class Run:
         totals, start, left = None if totals is None else totals[0], None, None
         if end is not None:
             start, start_totals = self._starts(end, None if total_end is None else total_end[0], L, reverse)
-            left = None if L is None else jnp.exp(lax.cumsum(self._lasts(L), axis=2, reverse=reverse) - self._lasts(L))
+            left = None if L is None else jnp.exp(self._before(self._lasts(L), reverse))
             if totals is not None:
                 totals = totals + (start_totals[:, :, None] if left is None else left[..., None] * start_totals[:, :, None])
         return States(local, start, left, totals), values
@@ -258,6 +265,11 @@ class Run:
         outputs = [(self.factor, "bsnrh"), (None if total_ends is None else jnp.float32, "ybsnr")]
         starts, totals = self.call("starts", starts_kernel, inputs, outputs, self.K, "rh", sequences=self.B // s, reverse=reverse)
         return starts.reshape(ends.shape), None if totals is None else totals[0].reshape(total_ends.shape)
+
+    def _before(self, x, reverse: bool):
+        """The sum of all chunks' numbers before each, [B, K, C], or with `reverse` after it: without what a difference of sums would lose."""
+        shifted = jnp.pad(x[:, :, 1:], ((0, 0), (0, 0), (0, 1))) if reverse else jnp.pad(x[:, :, :-1], ((0, 0), (0, 0), (1, 0)))
+        return lax.cumsum(shifted, axis=2, reverse=reverse)
 
     def _lasts(self, L):
         """L at the last position of each chunk, [B, K, C]."""

@@ -104,7 +104,7 @@ def _like(dtype: str) -> str:
 
 def _computed(dtype) -> str:
     """The dtype of a scan's factors."""
-    return "bfloat16" if dtype == jnp.bfloat16 else "float32"
+    return "bfloat16" if jnp.dtype(dtype) == jnp.bfloat16 else "float32"
 
 
 @functools.cache

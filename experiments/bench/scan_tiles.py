@@ -70,7 +70,7 @@ class ScanTiles:
         B, length, width = s["B"], -(-s["T"] // chunk) * chunk, max(LEAST, power_of_two(H))  # whole chunks and tiles, as the kernels want them
         if problem != "delta":
             segments = Plan.of(chunk, dtype, width, width, RUNS).in_segments(B * s["N"], length, width, width).segments
-            B, length = B * segments, length // segments
+            B, length = B * segments, -(-length // (chunk * segments)) * chunk
         keys = jax.random.split(jax.random.key(0), 6)
         q, k, v, do = (jax.random.normal(key, (B, length, s["N"], width)).astype(dtype) for key in keys[:4])
         if problem == "delta":

@@ -45,6 +45,8 @@ SHAPES = {
     "T63-few-directions": {"T": 63, "R": 7, "H": 48},
     "T63-many-directions": {"T": 63, "R": 300, "H": 16, "N": 2},
     "T257-R256-H128": {"T": 257, "R": 256, "H": 128, "N": 1},
+    "T288-whole-blocks": {"T": 288, "R": 64, "H": 64, "N": 2},  # nine of 64 positions, or 36 of 16, of which a program has eight
+    "T40-R20-H200": {"T": 40, "H": 200, "N": 1},
 }
 
 
@@ -100,6 +102,14 @@ def test_large_and_vanishing_vectors_have_finite_features_and_gradients(name, dt
     x, w = inputs(name, 30, R=40, H=64)
     x = (size * x).astype(dtype)
     assert all(np.isfinite(np.asarray(leaf, np.float64)).all() for leaf in jax.tree.leaves(results(MAPS[name][0], (x, w))))
+
+
+def test_a_query_away_from_all_directions_has_finite_gradients(interpreted):
+    """Its products are some -1000, and those of the directions that are padding 0."""
+    w = draw(jax.random.key(0), 3, 16)
+    q = jnp.broadcast_to(-100 * w.sum(axis=0), (1, 20, 1, 16)) * (1 + 0.001 * jax.random.normal(jax.random.key(1), (1, 20, 1, 16)))
+    assert ((q * 16**-0.25) @ w.T).max() < -200
+    assert_close(results(lambda q: positive_features(q, w), (q,)), results(lambda q: query_features(q, w), (q,)), 1e-3)
 
 
 def test_a_key_that_is_a_direction_does_not_overflow(interpreted):

@@ -107,14 +107,14 @@ def test_equals_the_xla_scan(name, shape, interpreted):
     assert_close(actual, expected, 3e-6)
 
 
-@pytest.mark.parametrize("name", ["linear", "decayed", "mapped", "all"])
-@pytest.mark.parametrize("chunks, segments", [(8, 2), (15, 3), (24, 6)], ids=lambda n: str(n))
+@pytest.mark.parametrize("name", ["linear", "decayed", "divided", "mapped", "all", "all-mapped"])
+@pytest.mark.parametrize("chunks, segments", [(15, 3), (19, 4), (24, 6)], ids=["15-in-3", "19-in-4-padded", "24-in-6"])
 def test_in_segments_it_is_the_same(name, chunks, segments, interpreted, monkeypatch):
     """As of one sequence: what each segment begins with is what those before it have left."""
-    args = inputs(chunks * 16 - 5, N=2, K=1, R=16, H=16)
+    args = inputs(chunks * 16 - (0 if segments == 6 else 5), N=4, K=2, R=16, H=16, decay=0.5)
     monkeypatch.setattr(kernels, "scan_chunk", lambda dtype, H: 16)
     actual, expected = [], []
-    for programs, found in ((1, expected), (2 * segments, actual)):
+    for programs, found in ((1, expected), (4 * segments, actual)):
         monkeypatch.setattr(kernels, "PROGRAMS", programs)
         plan, _ = kernels._whole(None, *args[:3])
         assert plan.segments == (segments if found is actual else 1)
@@ -245,7 +245,11 @@ def test_variants_equal_their_reference(name, causal, interpreted):
 def ran_on_the_kernels(attention, dtype, masked=False) -> bool:
     shapes = [jax.ShapeDtypeStruct((2, 90, heads, 16), dtype) for heads in (4, 2, 2)]
     valid = jax.ShapeDtypeStruct((2, 90), bool) if masked else None
-    return "pallas_call" in str(jax.make_jaxpr(lambda q, k, v, valid: attention(q, k, v, valid_BS=valid))(*shapes, valid))
+    program = str(jax.make_jaxpr(lambda q, k, v, valid: attention(q, k, v, valid_BS=valid))(*shapes, valid))
+    kind = {"performer": ["positive_kernel"], "rfa": ["sines_kernel"], "delta": ["wy_kernel"]}.get(attention.variant.name, [])
+    found = [kernel in program for kernel in ("states_kernel", "output_kernel", *kind)]
+    assert len(set(found)) == 1, "some of the kernels alone"
+    return found[0]
 
 
 @named
@@ -271,6 +275,11 @@ def test_a_delta_rule_of_many_features_is_refused_with_the_reason_when_forced_an
     with pytest.raises(UserError, match="attention.backend='pallas' cannot serve here: .*at most 256, not 320.*; use auto or xla"):
         layer("delta(nu=2)", causal, H=80).backend()
     assert layer("delta(nu=2)", causal, H=80, backend="auto").backend() == "xla"
+
+
+def test_sums_over_all_keys_have_no_decay(interpreted):
+    with pytest.raises(ValueError, match="log_decay_BTK: .* needs causal=True"):
+        kernels.pallas_sums(*inputs(20), causal=False)
 
 
 def test_cudnn_and_other_dtypes_are_refused(gpu):
