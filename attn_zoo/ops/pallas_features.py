@@ -30,8 +30,7 @@ from attn_zoo.ops.tuning import LEAST, fit, power_of_two
 FORWARD = {2: (128, 16384, 16384), 4: (64, 4096, 4096)}
 GRADIENT = {2: (128, 16384, 8192), 4: (32, 2048, 2048)}
 SINES_GRADIENT = {2: (64, 8192, 8192), 4: (16, 1024, 2048)}
-USUAL = 128  # channels; of more of them fewer positions
-MOST = 256  # channels, of which registers hold what the kernels need
+MOST = 128  # channels of which registers hold what the kernels need; the features of wider heads are left to XLA
 NUM_WARPS, NUM_STAGES = 8, 1
 BLOCKS = 8  # blocks of positions of a program that adds up the gradient of its directions, of which each program writes one
 TINY = 1e-6  # of a squared length: smooth at zero, where invalid keys are
@@ -76,7 +75,7 @@ class Form:
     def of(cls, x_BTNH, w, sizes) -> "Form":
         (B, T, _, H), R = x_BTNH.shape, w.shape[-2]
         rows, products, directions = sizes[jnp.dtype(factor_of(x_BTNH.dtype)).itemsize]
-        tile, rows = fit(directions // power_of_two(H), R), rows * USUAL // max(USUAL, power_of_two(H))
+        tile = fit(directions // power_of_two(H), R)
         return cls(B * T, R, H, fit(min(rows, products // tile), B * T), tile, jnp.dtype(x_BTNH.dtype), pallas_linear.INTERPRET)
 
     @property

@@ -136,7 +136,7 @@ def features(name, dtype, R, H):
 
 @KINDS
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
-@pytest.mark.parametrize("H, R", [(64, 128), (64, 256), (128, 128), (128, 256), (192, 128), (256, 256)])
+@pytest.mark.parametrize("H, R", [(64, 128), (64, 256), (128, 128), (128, 256)])
 @pytest.mark.parametrize("name", ["queries", "keys", "sines"])
 def test_random_features_fit(name, H, R, dtype, kind):
     found = assembled(*features(name, dtype, R, H), gpu=kind)

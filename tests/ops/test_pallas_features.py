@@ -11,7 +11,7 @@ from test_pallas_linear import assert_close, layer, lowered, results
 from attn_zoo.attention.performer import LARGEST, draw, key_features, query_features
 from attn_zoo.attention.rfa import random_features
 from attn_zoo.ops import pallas_linear
-from attn_zoo.ops.pallas_features import positive_features, sine_features
+from attn_zoo.ops.pallas_features import MOST, positive_features, sine_features
 
 DTYPES = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=["f32", "bf16", "f16"])
 
@@ -46,7 +46,6 @@ SHAPES = {
     "T63-many-directions": {"T": 63, "R": 300, "H": 16, "N": 2},
     "T257-R256-H128": {"T": 257, "R": 256, "H": 128, "N": 1},
     "T288-whole-blocks": {"T": 288, "R": 64, "H": 64, "N": 2},  # nine of 64 positions, or 36 of 16, of which a program has eight
-    "T40-R20-H200": {"T": 40, "H": 200, "N": 1},
 }
 
 
@@ -169,6 +168,13 @@ def arrays_between(attention, dtype):
 def test_layers_of_bfloat16_hold_no_features_in_float32(spec, interpreted):
     assert arrays_between(layer(spec, dtype=jnp.bfloat16, max_len=128), jnp.bfloat16) == []
     assert arrays_between(layer(spec, dtype=jnp.bfloat16, max_len=128, backend="xla"), jnp.bfloat16) != []
+
+
+@pytest.mark.parametrize("name", ["performer", "rfa"])
+def test_wider_heads_than_the_kernels_are_for_have_the_features_of_xla(name, interpreted):
+    programs = [str(jax.make_jaxpr(layer(name, H=H))(*[jnp.zeros((2, 32, heads, H)) for heads in (4, 2, 2)])) for H in (MOST, MOST + 1)]
+    kernel = {"performer": "positive_kernel", "rfa": "sines_kernel"}[name]
+    assert [kernel in program for program in programs] == [True, False] and all("states_kernel" in program for program in programs)
 
 
 @DTYPES
