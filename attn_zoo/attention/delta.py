@@ -19,6 +19,7 @@ from attn_zoo.attention.linear import dpfp, elu
 from attn_zoo.ops import backends
 from attn_zoo.ops.delta import delta_rule
 from attn_zoo.ops.linear import init_state, state_step
+from attn_zoo.ops.pallas_normalized import normalized_features, serves
 from attn_zoo.spec import check, check_choice, check_int
 
 
@@ -45,8 +46,8 @@ class Delta(Attention):
         self.rate_bias = nnx.Param(jnp.zeros((K,)))
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
-        rule = functools.partial(delta_rule, backend=self.backend(valid_BS is not None))
-        return self.directions(rule, *self.inputs(q_BTNH, k_BSKH, v_BSKH, valid_BS))
+        backend = self.backend(valid_BS is not None)
+        return self.directions(functools.partial(delta_rule, backend=backend), *self.inputs(q_BTNH, k_BSKH, v_BSKH, valid_BS, backend))
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         q, k, v, beta = self.inputs(q_BTNH, k_BSKH, v_BSKH, valid_BS)
@@ -68,15 +69,21 @@ class Delta(Attention):
         o_BTNH = rule(*inputs)
         return o_BTNH if self.dims.causal else o_BTNH + rule(*(x[:, ::-1] for x in inputs))[:, ::-1]
 
-    def inputs(self, q_BTNH, k_BSKH, v_BSKH, valid_BS):
-        """(phi(q), phi(k), v, beta), float32 features; beta is 0 at invalid keys, which write nothing."""
-        phi_q, phi_k = (self.features(x) for x in (q_BTNH, k_BSKH))
+    def inputs(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, backend="xla"):
+        """(phi(q), phi(k), v, beta); beta is 0 at invalid keys, which write nothing."""
+        phi_q, phi_k = (self.features(x, backend) for x in (q_BTNH, k_BSKH))
         beta_BSK = jax.nn.sigmoid(jnp.einsum("BSKH,KH->BSK", k_BSKH.astype(jnp.float32), self.rate_kernel[...]) + self.rate_bias[...])
         return phi_q, phi_k, v_BSKH, beta_BSK if valid_BS is None else jnp.where(valid_BS[:, :, None], beta_BSK, 0)
 
-    def features(self, x):
-        """phi(x) over the sum of its features, so that a memory read with the features it was written with stays within its values."""
-        phi = dpfp(x, self.options.nu) if self.options.feature_map == "dpfp" else elu(x.astype(jnp.float32))
+    def features(self, x, backend="xla"):
+        """phi(x) over the sum of its features, so that a memory read with the features it was written with stays within its values.
+
+        float32; on backend "pallas", where a kernel makes them, bfloat16 of bfloat16, as its products want them.
+        """
+        is_dpfp, nu = self.options.feature_map == "dpfp", self.options.nu
+        if backend == "pallas" and nu == 1 and serves(x.dtype, x.shape[-1], is_dpfp):
+            return normalized_features(x, dpfp=is_dpfp)
+        phi = dpfp(x, nu) if is_dpfp else elu(x.astype(jnp.float32))
         total = phi.sum(axis=-1, keepdims=True)
         return phi / jnp.where(total == 0, 1, total)
 

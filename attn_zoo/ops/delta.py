@@ -26,9 +26,10 @@ def delta_rule(
 ) -> Float[Array, "B T N H"]:
     """o_t above, float32 at least, from S = 0. beta = 0 leaves the memory as it is; it is stable where beta |k|^2 <= 2.
 
-    O(T) memory with gradients: one [R, H] state a chunk is kept, the rest recomputed (on Pallas' kernels W, U and the u are kept too). `backend` is "xla", "native" or "pallas" (see backends.choose_scan): of
+    O(T) memory with gradients: one [R, H] state a chunk is kept, the rest recomputed. `backend` is "xla", "native" or "pallas" (see backends.choose_scan): of
     Pallas kernels some solve all chunks' systems at once (ops.pallas_wy), and others run the recurrence between chunks (ops.pallas_linear), forwards and
-    backwards. There queries and keys are rounded to the values' dtype, in which the matrix units multiply; sums, and the systems, are float32.
+    backwards, for which W and the u are kept too. There queries and keys are rounded to the values' dtype, in which the matrix units multiply; sums, and the
+    systems, are float32.
     """
     if backend == "native":
         return native_delta_rule(q_BTNR, k_BTKR, v_BTKH, beta_BTK)

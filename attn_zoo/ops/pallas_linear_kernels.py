@@ -41,7 +41,10 @@ def factor_of(dtype):
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """What a kernel knows at compile time: positions of a chunk, features and values of a tile (powers of two, at least 16), the inputs' dtype, phi, whether queries see earlier keys alone, who runs it."""
+    """What a kernel knows at compile time: positions of a chunk, features and values of a tile (powers of two, at least 16), the inputs' dtype, who runs it.
+
+    phi: what makes features of the numbers in queries and keys, or None; causal: whether queries see no later keys.
+    """
 
     chunk: int
     r_tile: int

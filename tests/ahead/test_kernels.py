@@ -19,6 +19,7 @@ from attn_zoo.ops.linear import linear_attention
 from attn_zoo.ops.mosaic_attention import mosaic_attention
 from attn_zoo.ops.pallas_attention import pallas_attention
 from attn_zoo.ops.pallas_features import positive_features, sine_features
+from attn_zoo.ops.pallas_normalized import normalized_features
 from attn_zoo.ops.patterns import CAUSAL, FULL, Band, BlockTable, Every, Prefix
 
 DTYPES = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32], ids=["bf16", "f16", "f32"])
@@ -143,6 +144,17 @@ def test_random_features_fit(name, H, R, dtype, kind):
     prefix = "sines" if name == "sines" else "positive"
     assert {kernel.partition("__")[0] for kernel in found} == {f"{prefix}_kernel", f"{prefix}_gradient_kernel"}
     assert by_matrix_units(found)
+    assert {kernel: it.spilled for kernel, it in found.items() if it.spilled > SPILLED} == {}
+
+
+@KINDS
+@pytest.mark.parametrize("name, dtype", [("elu", jnp.bfloat16), ("elu", jnp.float32), ("dpfp", jnp.bfloat16)], ids=["elu-bf16", "elu-f32", "dpfp-bf16"])
+@pytest.mark.parametrize("H", [64, 128])
+def test_normalized_features_fit(H, name, dtype, kind):
+    loss = lambda x: normalized_features(x, dpfp=name == "dpfp").astype(jnp.float32).sum()
+    found = assembled(jax.value_and_grad(loss), jax.ShapeDtypeStruct((2, 1000, 4, H), dtype), gpu=kind)
+    assert {kernel.partition("__")[0] for kernel in found} == {"features_kernel", "features_gradient_kernel"}
+    assert by_matrix_units(found) == (name == "dpfp")
     assert {kernel: it.spilled for kernel, it in found.items() if it.spilled > SPILLED} == {}
 
 

@@ -49,8 +49,8 @@ LIMITS = {
     ("rfa", True): (22, 63),
     ("rfa", False): (15, 44),
     ("retention", True): (12, 33),
-    ("delta(feature_map='elu')", True): (21, 65),
-    ("delta", True): (46, 136),
+    ("delta(feature_map='elu')", True): (20, 58),
+    ("delta", True): (30, 89),
 }
 
 
