@@ -73,13 +73,13 @@ class Form:
 def positive_kernel(x_ref, w_ref, valid_ref, phi_ref, *, form: Form, largest: float | None):
     """The features [c, R] of one block of vectors [c, H]."""
     inside, seen = _rows(valid_ref, form, pl.program_id(1))
-    x = read(x_ref.at[...], seen, form.columns(0, form.channels, form.H))
+    x = masked_load(x_ref.at[...], seen, form.columns(0, form.channels, form.H))
     products = form.products(x, w_ref)
     shift = _shift(products, x, form, largest)
 
     def write(tile, _):
         phi = jnp.exp(_at_most(products(tile) - shift[:, None], largest))
-        write(phi_ref.at[:, tile], _only(phi, seen), inside, form.columns(tile.start, form.tile, form.R))
+        masked_store(phi_ref.at[:, tile], _only(phi, seen), inside, form.columns(tile.start, form.tile, form.R))
 
     over_tiles(form.tiles * form.tile, form.tile, write, None)
 
@@ -88,13 +88,13 @@ def positive_gradient_kernel(x_ref, w_ref, valid_ref, dphi_ref, dx_ref, *, form:
     """dx [c, H] of one block of vectors, from the gradient of their features, [c, R]: dx = W'dE - x sum_r dE_r, with dE = phi dphi, and x scaled."""
     inside, seen = _rows(valid_ref, form, pl.program_id(1))
     channels = form.columns(0, form.channels, form.H)
-    x = read(x_ref.at[...], seen, channels)
+    x = masked_load(x_ref.at[...], seen, channels)
     products = form.products(x, w_ref)
     shift = _shift(products, x, form, largest)
 
     def add(tile, carry):
         dx, total = carry
-        dphi = read(dphi_ref.at[:, tile], seen, form.columns(tile.start, form.tile, form.R)).astype(jnp.float32)
+        dphi = masked_load(dphi_ref.at[:, tile], seen, form.columns(tile.start, form.tile, form.R)).astype(jnp.float32)
         E = products(tile) - shift[:, None]
         dE = jnp.exp(jnp.minimum(E, 0.0 if largest is None else largest)) * dphi  # a query's are at most 0, but for directions that are padding
         if largest is not None:
@@ -103,19 +103,19 @@ def positive_gradient_kernel(x_ref, w_ref, valid_ref, dphi_ref, dx_ref, *, form:
 
     dx, total = over_tiles(form.tiles * form.tile, form.tile, add, (zeros(*x.shape), zeros(form.rows)))
     dx -= x.astype(jnp.float32) * (total * form.H**-0.5)[:, None]
-    write(dx_ref.at[...], dx, inside, channels)
+    masked_store(dx_ref.at[...], dx, inside, channels)
 
 
 def sines_kernel(x_ref, w_ref, valid_ref, phi_ref, *, form: Form):
     """The sines and the cosines, [c, 2, R], of one block of vectors [c, H]."""
     inside, seen = _rows(valid_ref, form, pl.program_id(1))
-    x = read(x_ref.at[...], seen, form.columns(0, form.channels, form.H))
+    x = masked_load(x_ref.at[...], seen, form.columns(0, form.channels, form.H))
     unit, scale, _ = _over_length(x, form)
     products = form.products(unit, w_ref)
 
     def write(tile, _):
         for n, phi in enumerate(sine_and_cosine(products(tile) * scale)):
-            write(phi_ref.at[:, jnp.int32(n), tile], _only(phi * form.R**-0.5, seen), inside, form.columns(tile.start, form.tile, form.R))
+            masked_store(phi_ref.at[:, jnp.int32(n), tile], _only(phi * form.R**-0.5, seen), inside, form.columns(tile.start, form.tile, form.R))
 
     over_tiles(form.tiles * form.tile, form.tile, write, None)
 
@@ -132,14 +132,14 @@ def sines_gradient_kernel(x_ref, w_ref, valid_ref, dphi_ref, dx_ref, dw_ref, *, 
     def block(n, dw):
         rows = pl.ds(n * form.rows, form.rows)
         inside, seen = _rows(None if valid_ref is None else valid_ref.at[rows], form, first + n)
-        x = read(x_ref.at[rows, :], seen, channels)
+        x = masked_load(x_ref.at[rows, :], seen, channels)
         unit, scale, inverse = _over_length(x, form)
         sin, cos = sine_and_cosine(sum(form.dot(unit, w_ref[part], 1, 1) for part in range(w_ref.shape[0])) * scale)
-        dsin, dcos = (read(dphi_ref.at[rows, jnp.int32(part), :], seen, features).astype(jnp.float32) for part in (0, 1))
+        dsin, dcos = (masked_load(dphi_ref.at[rows, jnp.int32(part), :], seen, features).astype(jnp.float32) for part in (0, 1))
         dproducts = (dsin * cos - dcos * sin) * (inverse * form.R**-0.5)[:, None]
         y, x_ = form.dot(dproducts, w_ref[0], 1, 0), x.astype(jnp.float32)
         dx = y - x_ * (jnp.sum(x_ * y, axis=1) * inverse * inverse)[:, None]
-        write(dx_ref.at[rows, :], dx, inside, channels)
+        masked_store(dx_ref.at[rows, :], dx, inside, channels)
         return dw + form.dot(x, dproducts, 0, 0)
 
     left = jnp.minimum(count, form.blocks - first)  # beyond the last block is the memory of others
@@ -176,10 +176,10 @@ def _over_length(x, form: Form):
 def _rows(valid_ref, form: Form, block):
     """(which rows are positions, which are valid ones): [rows], or None if all are."""
     inside = form.inside(block)
-    return inside, inside if valid_ref is None else read(valid_ref, inside) != 0
+    return inside, inside if valid_ref is None else masked_load(valid_ref, inside) != 0
 
 
-def read(ref, rows, columns=None):
+def masked_load(ref, rows, columns=None):
     """Zero outside of these rows and columns, whose memory is not touched."""
     from jax.experimental.pallas import triton  # here, so that machines that never run it need not have it
 
@@ -187,7 +187,7 @@ def read(ref, rows, columns=None):
     return triton.load(ref) if mask is None else triton.load(ref, mask=jnp.broadcast_to(mask, ref.shape), other=jnp.zeros(ref.shape, ref.dtype))
 
 
-def write(ref, x, rows, columns):
+def masked_store(ref, x, rows, columns):
     """Of these rows and columns only."""
     from jax.experimental.pallas import triton
 

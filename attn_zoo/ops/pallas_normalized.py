@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from attn_zoo.ops import pallas_linear
-from attn_zoo.ops.pallas_feature_kernels import read, write
+from attn_zoo.ops.pallas_feature_kernels import masked_load, masked_store
 from attn_zoo.ops.pallas_kernels import precision_of_float32
 from attn_zoo.ops.pallas_linear_kernels import factor_of
 from attn_zoo.ops.tuning import LEAST, fit, power_of_two
@@ -71,15 +71,15 @@ class Form:
 def features_kernel(x_ref, phi_ref, *, form: Form):
     """The features [c, parts, H] of vectors [c, H]."""
     inside = form.inside()
-    features, inverse = _features(read(x_ref.at[...], *inside), form, inside)
+    features, inverse = _features(masked_load(x_ref.at[...], *inside), form, inside)
     for part, f in enumerate(features):
-        write(phi_ref.at[:, jnp.int32(part), :], f * inverse[:, None], *inside)
+        masked_store(phi_ref.at[:, jnp.int32(part), :], f * inverse[:, None], *inside)
 
 
 def features_gradient_kernel(x_ref, dphi_ref, dx_ref, *, form: Form):
     """dx [c, H], of vectors [c, H] and the gradient of their features, [c, parts, H]."""
     inside = form.inside()
-    x, dphi = read(x_ref.at[...], *inside), [read(dphi_ref.at[:, jnp.int32(part), :], *inside) for part in range(form.parts)]
+    x, dphi = masked_load(x_ref.at[...], *inside), [masked_load(dphi_ref.at[:, jnp.int32(part), :], *inside) for part in range(form.parts)]
     features, inverse = _features(x, form, inside)
     mean = inverse * sum(jnp.sum(d.astype(jnp.float32) * f, axis=1) for d, f in zip(dphi, features))
     df = lambda dphi: (dphi.astype(jnp.float32) - mean[:, None]) * inverse[:, None]
@@ -89,7 +89,7 @@ def features_gradient_kernel(x_ref, dphi_ref, dx_ref, *, form: Form):
         dx = jnp.where(x > 0, dr[0], 0.0) - jnp.where(x < 0, dr[1], 0.0)
     else:
         dx = df(dphi[0]) * jnp.where(x > 0, 1.0, jnp.exp(jnp.minimum(x.astype(jnp.float32), 0.0)))
-    write(dx_ref.at[...], dx, *inside)
+    masked_store(dx_ref.at[...], dx, *inside)
 
 
 def _features(x, form: Form, inside):
