@@ -301,9 +301,11 @@ def dqk_kernel(
         dq = fade.since_start(dq)
         if form.causal:
             dscores = fade.within(products)
-            dq, dk = dq + form.dot(dscores, k, 1, 0), dk + form.dot(dscores, q, 0, 0)
+            dq += form.dot(dscores, k, 1, 0)
         dL = None if dL is None else dL + jnp.sum(q.astype(jnp.float32) * dq, axis=1)
         dq_ref[:, g, :] = form.gradient(q_ref[:, g, :], dq if scale is None else by_row(scale, dq)).astype(dq_ref.dtype)
+        if form.causal:  # at last, as registers are short while dq is there
+            dk += form.dot(dscores, q, 0, 0)
         return dk, dL
 
     if dx_ref is not None:
