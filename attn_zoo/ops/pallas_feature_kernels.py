@@ -11,7 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from attn_zoo.ops.angles import sine_and_cosine
-from attn_zoo.ops.pallas_kernels import precision_of_float32
+from attn_zoo.ops.pallas_kernels import precision_of_float32, product
 from attn_zoo.ops.pallas_linear_kernels import factor_of, over_tiles, zeros
 from attn_zoo.ops.tuning import LEAST, power_of_two
 
@@ -50,15 +50,14 @@ class Form:
     def dot(self, a, b, a_axis: int, b_axis: int):
         """The product of two matrices over these axes, in float32."""
         precision = precision_of_float32(self.interpret) if self.factor == jnp.float32 else None
-        axes = ((a_axis,), (b_axis,)), ((), ())
-        return lax.dot_general(a.astype(self.factor), b.astype(self.factor), axes, precision=precision, preferred_element_type=jnp.float32)
+        return product(a.astype(self.factor), b.astype(self.factor), a_axis, b_axis, precision)
 
     def products(self, x, w_ref):
         """tile -> [rows, tile] products of x with the directions of a tile; those of the only one are computed once."""
-        product = lambda tile: sum(self.dot(x, w_ref[part, tile, :], 1, 1) for part in range(w_ref.shape[0]))
+        of_tile = lambda tile: sum(self.dot(x, w_ref[part, tile, :], 1, 1) for part in range(w_ref.shape[0]))
         if self.tiles > 1:
-            return product
-        only = product(pl.ds(0, self.tile))
+            return of_tile
+        only = of_tile(pl.ds(0, self.tile))
         return lambda tile: only
 
     def inside(self, block):

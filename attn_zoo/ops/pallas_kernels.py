@@ -40,7 +40,7 @@ class Scoring:
     def dot(self, a, b, a_axis: int, b_axis: int):
         """The product of two matrices over these axes, in float32."""
         precision = precision_of_float32(self.interpret) if a.dtype == jnp.float32 else None
-        return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+        return product(a, b, a_axis, b_axis, precision)
 
     def scores(self, products, i, j, partial, valid, params, tables):
         """(log2(e) times the scores of one tile, NEG where hidden; the pull-back of the unscaled-by-log2(e) scores to scale * products and params).
@@ -131,6 +131,11 @@ def dkv_kernel(blocks, tables, params, q_ref, k_ref, v_ref, valid_ref, do_ref, l
     dk, dv = head(0, start) if G == 1 else lax.fori_loop(0, G, head, start)
     dk_ref[...] = (scoring.scale * dk).astype(dk_ref.dtype)
     dv_ref[...] = dv.astype(dv_ref.dtype)
+
+
+def product(a, b, a_axis: int, b_axis: int, precision=None):
+    """The product of two matrices over these axes, in float32."""
+    return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
 
 def precision_of_float32(interpret: bool):

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from attn_zoo.ops.pallas_kernels import precision_of_float32
+from attn_zoo.ops.pallas_kernels import precision_of_float32, product
 
 
 def factor_of(dtype):
@@ -73,8 +73,7 @@ class Form:
     def dot(self, a, b, a_axis: int, b_axis: int):
         """The product of two matrices over these axes, in float32."""
         precision = precision_of_float32(self.interpret) if self.dtype == jnp.float32 else None
-        axes = ((a_axis,), (b_axis,)), ((), ())
-        return lax.dot_general(a.astype(self.factor), b.astype(self.factor), axes, precision=precision, preferred_element_type=jnp.float32)
+        return product(a.astype(self.factor), b.astype(self.factor), a_axis, b_axis, precision)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from attn_zoo.ops import pallas_linear
 from attn_zoo.ops.pallas_feature_kernels import masked_load, masked_store
-from attn_zoo.ops.pallas_kernels import precision_of_float32
+from attn_zoo.ops.pallas_kernels import precision_of_float32, product
 from attn_zoo.ops.pallas_linear_kernels import factor_of
 from attn_zoo.ops.tuning import LEAST, fit, power_of_two
 
@@ -121,7 +121,7 @@ def _turned(x, step: int, form: Form):
     k, j = (lax.broadcasted_iota(jnp.int32, (form.channels, form.channels), axis) for axis in (0, 1))
     turn = ((k == (j + step % form.H) % form.H) & (j < form.H)).astype(factor_of(form.dtype))
     precision = precision_of_float32(form.interpret) if turn.dtype == jnp.float32 else None
-    return lax.dot_general(x.astype(turn.dtype), turn, (((1,), (0,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+    return product(x.astype(turn.dtype), turn, 1, 0, precision)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -26,7 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from attn_zoo.ops.pallas_kernels import precision_of_float32
+from attn_zoo.ops.pallas_kernels import precision_of_float32, product
 from attn_zoo.ops.pallas_linear import Plan, Run, pad, serves
 from attn_zoo.ops.pallas_linear_kernels import Form, over_tiles, zeros
 from attn_zoo.ops.tuning import LEAST
@@ -199,8 +199,7 @@ def diagonal_inverses(blocks, form: Form):
 
 def dot_float32(a, b, a_axis: int, b_axis: int, form: Form):
     """The product of two float32 matrices over these axes."""
-    axes = ((a_axis,), (b_axis,)), ((), ())
-    return lax.dot_general(a, b, axes, precision=precision_of_float32(form.interpret), preferred_element_type=jnp.float32)
+    return product(a, b, a_axis, b_axis, precision_of_float32(form.interpret))
 
 
 def dot_fine(a, x, a_axis: int, form: Form):
