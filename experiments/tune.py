@@ -35,7 +35,7 @@ from tabulate import tabulate
 
 from attn_zoo import UserError, provenance
 from attn_zoo.measure import copy_bytes_per_s, matmul_flops_per_s
-from attn_zoo.ops import delta, pallas_attention, pallas_linear, tuning
+from attn_zoo.ops import delta, pallas_attention, pallas_kernels, tuning
 from attn_zoo.ops.tuning import LEAST, MOST_HEAD_DIM, power_of_two
 from attn_zoo.spec import check, check_choice
 
@@ -269,7 +269,7 @@ def run(out: Path) -> None:
         device = jax.default_backend()
         rule = f"these are kernels for NVIDIA GPUs, and this runs on {device}; with --interpret, small sizes can be tried anywhere"
         check(INTERPRET.value or device == "gpu", "--interpret", False, rule)
-        pallas_attention.INTERPRET = pallas_linear.INTERPRET = INTERPRET.value
+        pallas_kernels.INTERPRET = INTERPRET.value
         measure_all(path, time.monotonic() + 60 * (math.inf if MINUTES.value is None else MINUTES.value))
     if not path.exists():
         raise UserError(f"there is no {path}, and nothing was measured")

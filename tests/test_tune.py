@@ -23,8 +23,8 @@ RUNS = {"states": 2, "output": 1, "dv": 1, "dqk": 1}  # of a scan's kernels in a
 # tune.py, where tiles of 16 queries fail in one kernel of attention and compute something else in another, as does a kernel of scans at a chunk of 128.
 BROKEN = f"""
 import runpy, sys
+from attn_zoo.ops import pallas_scan
 from attn_zoo.ops.pallas_attention import Run
-from attn_zoo.ops import pallas_linear
 
 dq, dkv = Run.dq, Run.dkv
 
@@ -39,13 +39,13 @@ def wrong(self, *args):
 
 Run.dq, Run.dkv = failing, wrong
 
-outputs = pallas_linear.Run.outputs
+outputs = pallas_scan.Run.outputs
 
 def doubled(self, *args):
     o, norm = outputs(self, *args)
     return o * self.plan.chunk / 64, norm
 
-pallas_linear.Run.outputs = doubled
+pallas_scan.Run.outputs = doubled
 sys.path.insert(0, {str(SCRIPT.parent)!r})
 runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
 """

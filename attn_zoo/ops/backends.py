@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from attn_zoo.ops import mosaic_attention, native, native_attention, pallas_attention, pallas_linear, splash
+from attn_zoo.ops import mosaic_attention, native, native_attention, pallas_attention, pallas_kernels, pallas_linear, splash
 from attn_zoo.ops.blocked import ScoreMod, block_sizes, blocked_attention
 from attn_zoo.ops.patterns import Band, Pattern
 from attn_zoo.ops.tuning import tile
@@ -72,7 +72,7 @@ def _device_obstacle(interpret: bool) -> str | None:
 
 def _pallas_serves(pattern: Pattern, dtype, head_dim: int, modified: ScoreMod | str | bool) -> bool | str:
     """Whether the Pallas kernels compute this on this machine; else the reason why not."""
-    obstacle = _device_obstacle(pallas_attention.INTERPRET)
+    obstacle = _device_obstacle(pallas_kernels.INTERPRET)
     return obstacle or pallas_attention.serves(pattern, dtype, head_dim, modified if isinstance(modified, ScoreMod) else None)
 
 
@@ -165,7 +165,7 @@ def choose_scan(backend: str, dtype, *, corrected: int = 0) -> str:
     """
     serve = {name: lambda: "it knows softmax attention only" for name in ("cudnn", "mosaic", "splash")} | {
         "native": lambda: _cpu_obstacle() or native.serves(dtype),
-        "pallas": lambda: _device_obstacle(pallas_linear.INTERPRET) or pallas_linear.serves(dtype, corrected),
+        "pallas": lambda: _device_obstacle(pallas_kernels.INTERPRET) or pallas_linear.serves(dtype, corrected),
     }
     return _choose(backend, serve)
 

@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.extend.core import Literal, jaxprs_in_params
 from jaxtyping import Array, Bool, Float
 
+from attn_zoo.ops import pallas_kernels
 from attn_zoo.ops.block_mask import BlockMask, block_mask
 from attn_zoo.ops.blocked import ScoreMod
 from attn_zoo.ops.pallas_kernels import NEVER, Scoring, dkv_kernel, dq_kernel, forward_kernel, replace_tables, tables_of
@@ -21,7 +22,6 @@ from attn_zoo.ops.patterns import FULL, Pattern, table_rows
 from attn_zoo.ops.tuning import KERNELS, LEAST, MOST_HEAD_DIM, Tile, power_of_two, tile
 from attn_zoo.spec import Unsupported
 
-INTERPRET = False  # tests set it: the kernels then run on any device, slowly
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
@@ -118,7 +118,7 @@ class Run:
         self.B, self.T, self.N, self.H = q_shape
         self.S, self.K = k_shape[1:3]
         self.tile, self.pattern = tile, pattern
-        self.scoring = Scoring(pattern, fn, scale, self.S, tile.q_block, tile.k_block, INTERPRET)
+        self.scoring = Scoring(pattern, fn, scale, self.S, tile.q_block, tile.k_block, pallas_kernels.INTERPRET)
         self.mask = block_mask(pattern, self.T, self.S, tile.q_block, tile.k_block)
         self.rows, self.columns = self.mask.num_q * tile.q_block, self.mask.num_k * tile.k_block
         self.wide = max(LEAST, power_of_two(self.H))
@@ -167,7 +167,7 @@ class Run:
             out_specs=jax.tree.map(lambda x: x[0], outputs, is_leaf=is_output),
             out_shape=jax.tree.map(lambda x: x[1], outputs, is_leaf=is_output),
             compiler_params=triton.CompilerParams(num_warps=self.tile.num_warps, num_stages=self.tile.num_stages),
-            interpret=INTERPRET,
+            interpret=self.scoring.interpret,
             name=kernel.__name__,
         )(*whole, *(x for x, _ in inputs))
 

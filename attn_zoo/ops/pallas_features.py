@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float
 
-from attn_zoo.ops import pallas_linear
+from attn_zoo.ops import pallas_kernels
 from attn_zoo.ops.pallas_feature_kernels import Form, positive_gradient_kernel, positive_kernel, sines_gradient_kernel, sines_kernel
 from attn_zoo.ops.pallas_linear_kernels import factor_of
 from attn_zoo.ops.tuning import fit, power_of_two
@@ -105,7 +105,7 @@ def _form(x_BTNH, w, sizes) -> Form:
     (B, T, _, H), R = x_BTNH.shape, w.shape[-2]
     rows, products, directions = sizes[jnp.dtype(factor_of(x_BTNH.dtype)).itemsize]
     tile = fit(directions // power_of_two(H), R)
-    return Form(B * T, R, H, fit(min(rows, products // tile), B * T), tile, jnp.dtype(x_BTNH.dtype), pallas_linear.INTERPRET)
+    return Form(B * T, R, H, fit(min(rows, products // tile), B * T), tile, jnp.dtype(x_BTNH.dtype), pallas_kernels.INTERPRET)
 
 
 def _call(form: Form, kernel, inputs, outputs, *, given=None, blocks: int = 1, spread: bool = False, **static):

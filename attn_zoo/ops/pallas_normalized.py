@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from attn_zoo.ops import pallas_linear
+from attn_zoo.ops import pallas_kernels
 from attn_zoo.ops.pallas_feature_kernels import masked_load, masked_store
 from attn_zoo.ops.pallas_kernels import precision_of_float32, product
 from attn_zoo.ops.pallas_linear_kernels import factor_of
@@ -49,7 +49,7 @@ class Form:
     @classmethod
     def of(cls, x_BTNH, dpfp: bool) -> "Form":
         B, T, _, H = x_BTNH.shape
-        return cls(B * T, H, dpfp, fit(NUMBERS // power_of_two(H), B * T), jnp.dtype(x_BTNH.dtype), pallas_linear.INTERPRET)
+        return cls(B * T, H, dpfp, fit(NUMBERS // power_of_two(H), B * T), jnp.dtype(x_BTNH.dtype), pallas_kernels.INTERPRET)
 
     @property
     def channels(self) -> int:

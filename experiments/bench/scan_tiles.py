@@ -1,4 +1,4 @@
-"""What experiments/tune.py measures of ops.pallas_linear: the kernels of its scans, of as many features as values, and how long a chunk should be."""
+"""What experiments/tune.py measures of ops.pallas_scan: the kernels of its scans, of as many features as values, and how long a chunk should be."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from jax import lax
 from attn_zoo.ops import delta, tuning
 from attn_zoo.ops.decayed import decayed_sums
 from attn_zoo.ops.linear import kernel_sums
-from attn_zoo.ops.pallas_linear import Plan, Run, States
+from attn_zoo.ops.pallas_scan import Plan, Run, States
 from attn_zoo.ops.pallas_wy import solve
 from attn_zoo.ops.tuning import DELTA, LEAST, SCANS, ScanTile, fit, power_of_two
 

@@ -16,7 +16,7 @@ from attn_zoo import UserError, VARIANTS, make_attention, train
 from attn_zoo.attention.base import Loss, ScoreFunction
 from attn_zoo.attention.hard import HARD, Hard
 from attn_zoo.checkpoints import Checkpoints
-from attn_zoo.ops import pallas_attention
+from attn_zoo.ops import pallas_kernels
 from tiny import ON_CPU, Staircase, make_cell
 
 N, K, H = 4, 2, 8
@@ -58,7 +58,7 @@ def test_draws_follow_the_softmax():
 @pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
 def test_a_training_call_equals_its_reference(spec, backend, causal, monkeypatch):
     """Draws, averages and gradients, over several blocks of keys: the noise of a pair does not depend on its tile."""
-    monkeypatch.setattr(pallas_attention, "INTERPRET", True)
+    monkeypatch.setattr(pallas_kernels, "INTERPRET", True)
     T, S = 40, 300
     attention, args = make(spec, causal, backend=backend), inputs(T, S)
     valid = jnp.asarray(np.random.default_rng(0).random((3, S)) > 0.2)
@@ -75,7 +75,7 @@ def test_a_training_call_equals_its_reference(spec, backend, causal, monkeypatch
 @pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
 def test_what_it_leaves_has_the_same_gradients_on_every_backend(causal, monkeypatch):
     """Of log-probabilities and entropy by queries and keys; and in evaluation the native kernels look where XLA does."""
-    monkeypatch.setattr(pallas_attention, "INTERPRET", True)
+    monkeypatch.setattr(pallas_kernels, "INTERPRET", True)
     args = inputs(40, 130)
     valid = jnp.asarray(np.random.default_rng(0).random((3, 130)) > 0.2)
 

@@ -7,7 +7,7 @@ from test_blocked import assert_close, exact, normals, results
 from tiny import ON_CPU
 
 from attn_zoo import make_attention
-from attn_zoo.ops import backends, mosaic_attention as mosaic, pallas_attention
+from attn_zoo.ops import backends, mosaic_attention as mosaic, pallas_kernels
 from attn_zoo.ops.backends import choose
 from attn_zoo.ops.block_mask import block_mask
 from attn_zoo.ops.mosaic_attention import lists, mosaic_attention
@@ -19,7 +19,7 @@ from attn_zoo.spec import Unsupported, UserError
 def interpreted(monkeypatch):
     """The forward kernel runs on the CPU, and those of the backward pass."""
     monkeypatch.setattr(mosaic, "INTERPRET", True)
-    monkeypatch.setattr(pallas_attention, "INTERPRET", True)
+    monkeypatch.setattr(pallas_kernels, "INTERPRET", True)
 
 
 # pattern, T, S, N, K, H, dtype

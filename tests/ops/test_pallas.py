@@ -14,7 +14,7 @@ from attn_zoo import VARIANTS, make_attention
 from attn_zoo.attention.fixed import OtherBlocks
 from attn_zoo.attention.memory_compressed import PastSlots
 from attn_zoo.attention.poolingformer import NearSlots
-from attn_zoo.ops import backends, pallas_attention as kernels, tuning
+from attn_zoo.ops import backends, pallas_attention as kernels, pallas_kernels, tuning
 from attn_zoo.ops.block_mask import block_mask
 from attn_zoo.ops.blocked import ScoreMod, blocked_attention
 from attn_zoo.ops.pallas_attention import pallas_attention
@@ -26,7 +26,7 @@ from attn_zoo.spec import Unsupported, UserError
 @pytest.fixture
 def interpreted(monkeypatch):
     """The kernels run on the CPU."""
-    monkeypatch.setattr(kernels, "INTERPRET", True)
+    monkeypatch.setattr(pallas_kernels, "INTERPRET", True)
 
 
 def engine(fn=None, attend=pallas_attention, **kwargs):

@@ -10,7 +10,7 @@ from test_pallas_linear import assert_close, layer, lowered, results
 
 from attn_zoo.attention.performer import LARGEST, draw, key_features, query_features
 from attn_zoo.attention.rfa import random_features
-from attn_zoo.ops import pallas_linear
+from attn_zoo.ops import pallas_kernels
 from attn_zoo.ops.pallas_features import MOST, positive_features, sine_features
 
 DTYPES = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=["f32", "bf16", "f16"])
@@ -19,7 +19,7 @@ DTYPES = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float1
 @pytest.fixture
 def interpreted(monkeypatch):
     """The kernels run on the CPU."""
-    monkeypatch.setattr(pallas_linear, "INTERPRET", True)
+    monkeypatch.setattr(pallas_kernels, "INTERPRET", True)
 
 
 def by_head(x, w_KRH):

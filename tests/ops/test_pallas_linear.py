@@ -11,7 +11,7 @@ from tiny import ON_CPU
 
 from attn_zoo import make_attention
 from attn_zoo.attention.linear import elu
-from attn_zoo.ops import backends, decayed, pallas_linear as kernels
+from attn_zoo.ops import backends, decayed, pallas_kernels, pallas_linear as kernels, pallas_scan
 from attn_zoo.ops.backends import choose_scan
 from attn_zoo.ops.decayed import decayed_sums
 from attn_zoo.ops.delta import delta_rule
@@ -23,7 +23,7 @@ from attn_zoo.spec import Unsupported, UserError
 @pytest.fixture
 def interpreted(monkeypatch):
     """The kernels run on the CPU."""
-    monkeypatch.setattr(kernels, "INTERPRET", True)
+    monkeypatch.setattr(pallas_kernels, "INTERPRET", True)
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_in_segments_it_is_the_same(name, chunks, segments, interpreted, monkeyp
     monkeypatch.setattr(kernels, "scan_chunk", lambda dtype, H: 16)
     actual, expected = [], []
     for programs, found in ((1, expected), (4 * segments, actual)):
-        monkeypatch.setattr(kernels, "PROGRAMS", programs)
+        monkeypatch.setattr(pallas_scan, "PROGRAMS", programs)
         plan, _ = kernels._whole(None, *args[:3])
         assert plan.segments == (segments if found is actual else 1)
         found += results(functools.partial(SUMS[name], backend="pallas"), args)

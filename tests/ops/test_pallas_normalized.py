@@ -9,7 +9,7 @@ import pytest
 from test_pallas_linear import assert_close, layer, lowered, results
 
 from attn_zoo.attention.linear import dpfp, elu
-from attn_zoo.ops import pallas_linear
+from attn_zoo.ops import pallas_kernels
 from attn_zoo.ops.pallas_normalized import normalized_features, serves
 
 MAPS = {"elu": (functools.partial(normalized_features, dpfp=False), elu), "dpfp": (functools.partial(normalized_features, dpfp=True), dpfp)}
@@ -19,7 +19,7 @@ MAP = pytest.mark.parametrize("name", MAPS)
 @pytest.fixture
 def interpreted(monkeypatch):
     """The kernels run on the CPU."""
-    monkeypatch.setattr(pallas_linear, "INTERPRET", True)
+    monkeypatch.setattr(pallas_kernels, "INTERPRET", True)
 
 
 def by_xla(phi, x):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_pallas_linear import assert_close, results
 
-from attn_zoo.ops import pallas_linear
+from attn_zoo.ops import pallas_kernels
 from attn_zoo.ops.delta import wy_form
 from attn_zoo.ops.pallas_wy import chunk_solutions
 from attn_zoo.spec import Unsupported
@@ -17,7 +17,7 @@ from attn_zoo.spec import Unsupported
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
     """The kernels run on the CPU."""
-    monkeypatch.setattr(pallas_linear, "INTERPRET", True)
+    monkeypatch.setattr(pallas_kernels, "INTERPRET", True)
 
 
 def inputs(T, K=2, R=20, H=9, dtype=jnp.float32):
