@@ -161,51 +161,41 @@ class Transformer(nnx.Module):
         image_shape: tuple[int, int, int] | None = None,
         rngs: nnx.Rngs,
     ):
-        self.tied = ties(model.tie_embeddings, per_token, num_outputs, inputs_vocab)
         self.config = model
         self.max_len = max_len
-        if image_shape is not None:
-            source_len = cells_of(image_shape)
-        self.reads_picture = image_shape is not None
-        self.source_len = source_len
-        self.num_outputs = num_outputs
         self.per_token = per_token
+        self.num_outputs = num_outputs
+        self.tied = ties(model.tie_embeddings, per_token, num_outputs, inputs_vocab)
+        self.reads_picture = image_shape is not None
+        self.source_len = source_len = cells_of(image_shape) if self.reads_picture else source_len
         reads = source_len > 0
         if reads and not causal:
             raise UserError("what reads a source is a decoder; causal=False with a source has no meaning")
         if reads and model.share_embeddings and source_vocab > inputs_vocab:
             raise UserError(f"share_embeddings=True: {source_vocab} source tokens do not fit {inputs_vocab} target embeddings; use share_embeddings=False")
-        places = ("encoder", "decoder", "cross") if reads and not self.reads_picture else ("decoder", "cross") if reads else ("encoder", "decoder")
-        if not set(model.where) & set(places):
-            raise UserError(f"where={','.join(model.where)}: this model has no such place for the variant; it has {' and '.join(places)}")
         if self.reads_picture and model.share_embeddings:
             raise UserError("share_embeddings=True: a picture has no token embeddings to share; use share_embeddings=False")
-        full = parse_variant("full")
-        _check_listed(model, variant, set(model.where) & set(places) if reads else {"decoder"})
-        decoder = variant if not reads or "decoder" in model.where else full
-        crossing = [] if not reads else variant if "cross" in model.where else parse_variant(model.cross)
-        if crossing and "cross" not in model.where:
-            _check_listed(model, crossing, {"cross"}, f"model.cross={model.cross}: ")
-        encoder = [] if not reads else variant if "encoder" in model.where else full
+        specs = specs_by_place(model, variant, reads, self.reads_picture)
 
         dtype = jnp.dtype(model.dtype)
         self.embedding = Embedding(inputs_vocab, model.D, model.positions, max_len, dtype, rngs)
         # A stream of its own: what a variant draws must not shift the draws of the layers after it.
         attention_rngs = nnx.Rngs(rngs.params())
-        shared: dict[str, dict] = {"self": {}, "cross": {}, "encoder": {}}
+        shared: dict[str, dict] = {place: {} for place in specs}
 
-        def make(specs, layer, place, max_len, causal):
+        def make(place, layer, max_len, causal):
+            spec = specs[place][layer % len(specs[place])]
             heads = dict(num_heads=model.N, num_kv_heads=model.num_kv_heads, head_dim=model.head_dim)
             like = dict(max_len=max_len, causal=causal, dtype=dtype, backend=attention.backend, padding="end")
-            return make_attention(specs[layer % len(specs)], **heads, **like, shared=shared[place], rngs=attention_rngs)
+            return make_attention(spec, **heads, **like, shared=shared[place], rngs=attention_rngs)
 
         self.blocks = nnx.List([])
         for layer in range(model.layers):
-            layer_attention = make(decoder, layer, "self", max_len, causal)
-            cross = make(crossing, layer, "cross", max(max_len, source_len), False) if reads else None
+            own = make("decoder", layer, max_len, causal)
+            cross = make("cross", layer, max(max_len, source_len), False) if reads else None
             if cross is not None:
                 cross.check_cross()
-            self.blocks.append(Block(model, layer_attention, cross, rngs=rngs))
+            self.blocks.append(Block(model, own, cross, rngs=rngs))
         if model.norm_position == "pre":
             self.final_norm = NORMS[model.norm](model.D)
         if not self.tied:
@@ -214,7 +204,7 @@ class Transformer(nnx.Module):
             # The swept variant has no place in it; what attends to the grid of features is the decoder.
             self.encoder = ConvolutionEncoder(image_shape, model.D, dtype=dtype, backend=attention.backend, rngs=rngs)
         elif reads:
-            attentions = [make(encoder, layer, "encoder", source_len, False) for layer in range(model.encoder_layers or model.layers)]
+            attentions = [make("encoder", layer, source_len, False) for layer in range(model.encoder_layers or model.layers)]
             self.encoder = Encoder(model, attentions, vocab=source_vocab, max_len=source_len, rngs=rngs)
             if model.share_embeddings:
                 self.encoder.embedding.tokens = self.embedding.tokens
@@ -306,6 +296,24 @@ class Transformer(nnx.Module):
 
     def _read_out(self, features: Array) -> Array:
         return read_out(features, self.embedding.tokens[: self.num_outputs] if self.tied else self.readout[...])
+
+
+def specs_by_place(model: config.Model, variant: Sequence[Spec], reads: bool, reads_picture: bool) -> dict[str, Sequence[Spec]]:
+    """The variants of the layers in each place that a model has, which reads a source (a picture) or not: what is swept, where model.where says so.
+
+    Elsewhere it is `full`, and in cross-attention model.cross. A model that reads nothing has one stack, whatever it is called. Raises UserError.
+    """
+    places = ("encoder", "decoder", "cross") if reads and not reads_picture else ("decoder", "cross") if reads else ("encoder", "decoder")
+    swept = set(model.where) & set(places)
+    if not swept:
+        raise UserError(f"where={','.join(model.where)}: this model has no such place for the variant; it has {' and '.join(places)}")
+    _check_listed(model, variant, swept if reads else {"decoder"})
+    if not reads:
+        return {"decoder": variant}
+    others = {place: parse_variant(model.cross if place == "cross" else "full") for place in places if place not in swept}
+    if "cross" in others:
+        _check_listed(model, others["cross"], {"cross"}, f"model.cross={model.cross}: ")
+    return others | {place: variant for place in swept}
 
 
 def _check_listed(model: config.Model, specs: Sequence[Spec], places: set[str], whose: str = "") -> None:
