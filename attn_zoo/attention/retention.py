@@ -10,18 +10,14 @@ Beyond the paper: bidirectionally the decay is gamma^|t - j|, and query heads th
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from attn_zoo.attention.base import Attention, Bound, Paper, Variant, repeat_kv
 from attn_zoo.ops import backends
-from attn_zoo.ops.decayed import decayed_sums
+from attn_zoo.ops.decayed import decayed_sums, group_norm, normed_sums
 from attn_zoo.ops.linear import init_state, state_step, with_ones
-from attn_zoo.ops.rows import dot_rows, scale_rows
 from attn_zoo.spec import check_number
-
-EPSILON = 1e-6  # of the group norm, as in the authors' code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +40,15 @@ class Retention(Attention):
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         B, T, N, _ = q_BTNH.shape
         log_decay_BTK = jnp.broadcast_to(self.log_decays().astype(np.float32), (B, T, self.dims.num_kv_heads))
-        sums = functools.partial(decayed_sums, log_decay_BTK=log_decay_BTK, backend=self.backend(valid_BS is not None))
+        scale_TN, backend = jnp.asarray(self.score_scale(T)), self.backend(valid_BS is not None)
+        if self.dims.causal:
+            return normed_sums(q_BTNH, k_BSKH, v_BSKH, log_decay_BTK, scale_TN, backend=backend)
+        sums = functools.partial(decayed_sums, log_decay_BTK=log_decay_BTK, backend=backend)
         o_BTNH, scores_BTN = sums(q_BTNH, k_BSKH, v_BSKH)
-        if not self.dims.causal:
-            o_ahead, scores_ahead = (x[:, ::-1] for x in sums(*(x[:, ::-1] for x in (q_BTNH, k_BSKH, v_BSKH))))
-            own_BTN = jnp.einsum("BTNH,BTNH->BTN", *(x.astype(o_BTNH.dtype) for x in (q_BTNH, repeat_kv(k_BSKH, N))))  # is in both
-            o_BTNH, scores_BTN = o_BTNH + o_ahead - own_BTN[..., None] * repeat_kv(v_BSKH, N), scores_BTN + scores_ahead - own_BTN
-        return group_norm(o_BTNH, scores_BTN, self.score_scale(T))
+        o_ahead, scores_ahead = (x[:, ::-1] for x in sums(*(x[:, ::-1] for x in (q_BTNH, k_BSKH, v_BSKH))))
+        own_BTN = jnp.einsum("BTNH,BTNH->BTN", *(x.astype(o_BTNH.dtype) for x in (q_BTNH, repeat_kv(k_BSKH, N))))  # is in both
+        o_BTNH, scores_BTN = o_BTNH + o_ahead - own_BTN[..., None] * repeat_kv(v_BSKH, N), scores_BTN + scores_ahead - own_BTN
+        return group_norm(o_BTNH, scores_BTN, scale_TN)
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         T, N = q_BTNH.shape[1:3]
@@ -87,16 +85,6 @@ class Retention(Attention):
     def flops(self, B, T, S):
         d = self.dims
         return flops(self.options, B, T, S, d.num_heads, d.head_dim, d.causal, K=d.num_kv_heads)
-
-
-def group_norm(o_BTNH, scores_BTN, scale_TN=1.0):
-    """Each head's output over max(|sum of its scores|, 1), and then over its root mean square; scale: of both, to begin with.
-
-    What a row is multiplied by is found first, so that o itself is read and written once.
-    """
-    factor_BTN = scale_TN / jnp.maximum(abs(jax.lax.stop_gradient(scores_BTN)) * scale_TN, 1)
-    mean_square_BTN = dot_rows(o_BTNH, o_BTNH) / o_BTNH.shape[-1]
-    return scale_rows(o_BTNH, factor_BTN * (mean_square_BTN * factor_BTN**2 + EPSILON) ** -0.5)
 
 
 def flops(options: Options, B: int, T: int, S: int, N: int, H: int, causal: bool, K: int | None = None) -> float:

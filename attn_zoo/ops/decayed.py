@@ -10,8 +10,11 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from attn_zoo.ops.linear import SCANS, with_ones
+from attn_zoo.ops.pallas_linear import pallas_normed_sums, serves_normed
+from attn_zoo.ops.rows import dot_rows, scale_rows
 
 CHUNK = 128  # positions per step of the scan
+EPSILON = 1e-6  # of the group norm, as in the code of Sun et al.
 
 
 def decayed_sums(
@@ -27,6 +30,32 @@ def decayed_sums(
         return SCANS[backend](q_BTNR, k_BTKR, v_BTKH, log_decay_BTK)
     o_BTNH = decayed_attention(q_BTNR, k_BTKR, with_ones(v_BTKH), log_decay_BTK)
     return o_BTNH[..., :-1], o_BTNH[..., -1]
+
+
+def normed_sums(
+    q_BTNR: Float[Array, "B T N R"],
+    k_BTKR: Float[Array, "B T K R"],
+    v_BTKH: Float[Array, "B T K H"],
+    log_decay_BTK: Float[Array, "B T K"],
+    scale_TN: Float[Array, "T N"],
+    *,
+    backend: str = "xla",
+) -> Float[Array, "B T N H"]:
+    """`group_norm` of `decayed_sums`, float32; decays and scale are constants to the gradient. On a GPU the kernel that has the sums may normalize them."""
+    log_decay_BTK, scale_TN = lax.stop_gradient((log_decay_BTK, scale_TN))
+    if backend == "pallas" and serves_normed(v_BTKH.dtype, v_BTKH.shape[3]):
+        return pallas_normed_sums(q_BTNR, k_BTKR, v_BTKH, log_decay_BTK, scale_TN, epsilon=EPSILON)
+    return group_norm(*decayed_sums(q_BTNR, k_BTKR, v_BTKH, log_decay_BTK, backend=backend), scale_TN)
+
+
+def group_norm(o_BTNH: Float[Array, "B T N H"], scores_BTN: Float[Array, "B T N"], scale_TN: Float[Array, "*T N"] | float = 1.0) -> Float[Array, "B T N H"]:
+    """Each head's output over max(|sum of its scores|, 1), a constant to the gradient, and then over its root mean square; scale: of both, to begin with.
+
+    What a row is multiplied by is found first, so that o itself is read and written once. Sun et al. 2023, eq. 8 and "Score Normalization", there without parameters.
+    """
+    factor_BTN = scale_TN / jnp.maximum(abs(lax.stop_gradient(scores_BTN)) * scale_TN, 1)
+    mean_square_BTN = dot_rows(o_BTNH, o_BTNH) / o_BTNH.shape[-1]
+    return scale_rows(o_BTNH, factor_BTN * (mean_square_BTN * factor_BTN**2 + EPSILON) ** -0.5)
 
 
 def decayed_attention(

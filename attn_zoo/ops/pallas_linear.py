@@ -15,13 +15,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from attn_zoo.ops.pallas_linear_kernels import Norm
 from attn_zoo.ops.pallas_scan import Plan, Run, pad
 from attn_zoo.ops.tuning import fit, scan_chunk
 from attn_zoo.spec import Unsupported
 
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 MOST_CORRECTED = 256  # features of a delta rule, whose programs hold all of them at once: with 512, compiled ones spill a kilobyte a thread
-Wanted = Literal["both", "first", "ratio"]  # of the two sums, with values and with 1 for them
+MOST_NORMED = 128  # values of a row of which a program of the outputs holds all, in bfloat16; in float32 64 of them spill 800 bytes a thread on an A6000
+Wanted = Literal["both", "first", "ratio"] | Norm  # of the two sums, with values and with 1 for them
 
 
 def serves(dtype, corrected: int = 0) -> bool | str:
@@ -29,6 +31,11 @@ def serves(dtype, corrected: int = 0) -> bool | str:
     if jnp.dtype(dtype) not in DTYPES:
         return f"it takes bfloat16, float16 or float32, not {jnp.dtype(dtype).name}"
     return corrected <= MOST_CORRECTED or f"the features of a delta rule must be at most {MOST_CORRECTED}, not {corrected}"
+
+
+def serves_normed(dtype, H: int) -> bool:
+    """Whether a program of the outputs can hold whole rows, to normalize them."""
+    return jnp.dtype(dtype) == jnp.bfloat16 and H <= MOST_NORMED
 
 
 def pallas_sums(
@@ -48,14 +55,26 @@ def pallas_sums(
     if log_decay_BTK is not None and not causal:
         raise ValueError("log_decay_BTK: sums over all keys do not fade; a decay needs causal=True")
     plan, (q, k, v) = _whole(None, q_BTNR, k_BTKR, v_BTKH, causal=causal)
-    L = None
-    if log_decay_BTK is not None:
-        # Of a decay that is a constant XLA would compute the sums while it compiles, for ten seconds and more.
-        steps = lax.optimization_barrier(pad(log_decay_BTK.astype(jnp.float32), {1: plan.segments * v.shape[1]})).reshape(len(v), -1, plan.chunk, v.shape[2])
-        L = jnp.moveaxis(jnp.cumsum(steps, axis=2).reshape(*v.shape[:2], -1), 1, 2)
-    o, norm = _scan(plan, "both", q, k, v, L, None)
-    (B, T, N, _), H = q_BTNR.shape, v_BTKH.shape[3]
+    (B, T, N, _), H, length = q_BTNR.shape, v_BTKH.shape[3], plan.segments * v.shape[1]
+    o, norm = _scan(plan, "both", q, k, v, None if log_decay_BTK is None else _running(plan, log_decay_BTK, length), None, None)
     return _cut(o, B, T, H), norm.swapaxes(1, 2).reshape(B, -1, N)[:, :T]
+
+
+def pallas_normed_sums(
+    q_BTNR: Float[Array, "B T N R"],
+    k_BTKR: Float[Array, "B T K R"],
+    v_BTKH: Float[Array, "B T K H"],
+    log_decay_BTK: Float[Array, "B T K"],
+    weight_TN: Float[Array, "T N"],
+    *,
+    epsilon: float,
+) -> Float[Array, "B T N H"]:
+    """ops.decayed.group_norm of the causal sums above, of bfloat16 values, rounded once; float32. See ops.decayed.normed_sums. Raises Unsupported as above."""
+    (B, T, N, _), H = q_BTNR.shape, v_BTKH.shape[3]
+    plan, (q, k, v) = _whole(None, q_BTNR, k_BTKR, v_BTKH, whole_rows=True)
+    length = plan.segments * v.shape[1]
+    weight = pad(jnp.asarray(weight_TN, jnp.float32).T, {1: length}).reshape(N, plan.segments, -1).swapaxes(0, 1)
+    return _cut(_scan(plan, Norm(H, epsilon), q, k, v, _running(plan, log_decay_BTK, length), None, weight), B, T, H)
 
 
 def pallas_kernel_attention(
@@ -72,7 +91,7 @@ def pallas_kernel_attention(
     features. The quotient of bfloat16 values is rounded to bfloat16 once. Raises Unsupported as above.
     """
     plan, (q, k, v) = _whole(None, q_BTNR, k_BTKR, v_BTKH, causal=causal, phi=phi)
-    return _cut(_scan(plan, "ratio", q, k, v, None, None), *q_BTNR.shape[:2], v_BTKH.shape[3])
+    return _cut(_scan(plan, "ratio", q, k, v, None, None, None), *q_BTNR.shape[:2], v_BTKH.shape[3])
 
 
 def corrected_sums(
@@ -83,13 +102,13 @@ def corrected_sums(
     chunk: positions, a power of two of at least 16. Raises Unsupported, with the reason, for what `serves` refuses.
     """
     plan, (q, k, w, u) = _whole(chunk, q_BTNR, k_BTKR, w_BTKR, u_BTKH, corrected=k_BTKR.shape[3])
-    return _cut(_scan(plan, "first", q, k, u, None, w), *q_BTNR.shape[:2], u_BTKH.shape[3])
+    return _cut(_scan(plan, "first", q, k, u, None, w, None), *q_BTNR.shape[:2], u_BTKH.shape[3])
 
 
-def _whole(chunk: int | None, *arrays, corrected: int = 0, causal: bool = True, phi=None):
+def _whole(chunk: int | None, *arrays, corrected: int = 0, causal: bool = True, phi=None, whole_rows: bool = False):
     """(plan, arrays): in one dtype, bfloat16 if the values are, in whole chunks and tiles, and in segments, of which each is a sequence of the batch.
 
-    The first arrays are [..., R], the last one [..., H]. None: the tuned chunk.
+    The first arrays are [..., R], the last one [..., H]. None: the tuned chunk. whole_rows: a program of the outputs has all values.
     """
     dtype = arrays[-1].dtype if arrays[-1].dtype == jnp.bfloat16 else jnp.result_type(*arrays)
     reason = serves(dtype, corrected)
@@ -98,6 +117,7 @@ def _whole(chunk: int | None, *arrays, corrected: int = 0, causal: bool = True, 
     (B, T, _, R), (K, H) = arrays[0].shape, arrays[-1].shape[2:]
     kernels = ("corrected" if corrected else "states", "output", "dv", "dqk")
     plan = Plan.of(fit(chunk or scan_chunk(dtype, H), T), dtype, R, H, kernels, causal=causal, phi=phi)
+    plan = plan.with_whole_rows(H) if whole_rows else plan
     ceil = lambda size, step: -(-size // step) * step
     length, R, H = (ceil(*pair) for pair in zip((T, R, H), (plan.chunk, *plan.widest), strict=True))
     if not corrected:  # what a delta rule adds to a state depends on the state
@@ -114,36 +134,48 @@ def _cut(o, B: int, T: int, H: int):
     return o.reshape(B, -1, *o.shape[2:])[:, :T, :, :H].astype(jnp.float32)
 
 
+def _running(plan: Plan, log_decay_BTK, length: int):
+    """L, float32: the sums of the log decays within each chunk, of sequences of this length in segments, [B segments, K, T]."""
+    B, _, K = log_decay_BTK.shape
+    # Of a decay that is a constant XLA would compute the sums while it compiles, for ten seconds and more.
+    steps = lax.optimization_barrier(pad(log_decay_BTK.astype(jnp.float32), {1: length}))
+    L = jnp.cumsum(steps.reshape(B * plan.segments, -1, plan.chunk, K), axis=2)
+    return L.reshape(B * plan.segments, -1, K).swapaxes(1, 2)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _scan(plan: Plan, wanted: Wanted, q, k, v, L, w):
+def _scan(plan: Plan, wanted: Wanted, q, k, v, L, w, weight):
     """What is wanted, o [B, T, N, H] or (o, norm [B, N, T]), of arrays in whole chunks and tiles; L [B, K, T] is None without decay, w without a correction.
 
-    v is U where there is w.
+    v is U where there is w; weight is a Norm's, [segments, N, T], which has no gradient, nor has L then.
     """
-    return _scan_fwd(plan, wanted, q, k, v, L, w)[0]
+    return _scan_fwd(plan, wanted, q, k, v, L, w, weight)[0]
 
 
-def _scan_fwd(plan, wanted, q, k, v, L, w):
+def _scan_fwd(plan, wanted, q, k, v, L, w, weight):
     run = Run(plan, q, v)
     states, values = run.states(k, v, L, w, wanted != "first")
-    o, norm = run.outputs(q, k, values, L, states, wanted == "ratio")
-    ratio, inverse = (o, norm) if wanted == "ratio" else (None, None)
-    return (o, norm) if wanted == "both" else o, (q, k, values, L, w, states, ratio, inverse)
+    o, norm = run.outputs(q, k, values, L, states, wanted, weight)
+    if wanted in ("both", "first"):
+        return (o, norm) if wanted == "both" else o, (q, k, values, L, w, states, None, None)
+    return o, (q, k, values, L, w, states if wanted == "ratio" else states._replace(totals=None), o, norm)
 
 
 def _scan_bwd(plan, wanted, kept, cotangents):
-    q, k, values, L, w, states, ratio, scale = kept
+    q, k, values, L, w, states, scaled, scale = kept
     run = Run(plan, q, values)
     do, dnorm = cotangents if wanted == "both" else (cotangents, None)
     if wanted == "ratio":
-        dnorm = -jnp.sum(ratio.astype(jnp.float32) * do.astype(jnp.float32), axis=3).swapaxes(1, 2)
+        dnorm = -jnp.sum(scaled.astype(jnp.float32) * do.astype(jnp.float32), axis=3).swapaxes(1, 2)
+    elif isinstance(wanted, Norm):
+        do = run.unit_gradients(scaled, do, wanted)
     if w is None:
         dstates, _ = run.state_gradients(q, do, dnorm, scale, L)
         dv = run.dv(q, k, do, scale, L, dstates)
     else:
         dstates, dv = run.state_gradients(q, do, dnorm, scale, L, correction=(w, k, run.dv(q, k, do, scale, L, None)))
-    dq, dk, dL, dw = run.dqk(q, k, values, do, dnorm, scale, L, states, dstates, None if w is None else dv)
-    return dq, dk, dv, dL, dw
+    dq, dk, dL, dw = run.dqk(q, k, values, do, dnorm, scale, L, states, dstates, None if w is None else dv, fixed=isinstance(wanted, Norm))
+    return dq, dk, dv, dL, dw, None
 
 
 _scan.defvjp(_scan_fwd, _scan_bwd)

@@ -15,7 +15,8 @@ dS <- dS + Q'do - W'dx: both are x = offset -+ read S, S <- S +- write'x. The gr
 Where nothing is causal all queries read one state, and all keys get its gradient: the same kernels, without what is within a chunk.
 
 What is asked for may be o_t / n_t. With r_t = 1 / n_t its gradients are those of the sums with queries r_t q_t, of outputs do_t, and of totals -o_t'do_t: kernels
-of the backward pass are given r, and multiply queries by it. Queries and keys may be features phi(x) of single numbers x, made when x has been read.
+of the backward pass are given r, and multiply queries by it. Or it may be y_t = r_t o_t, with the r_t that a `Norm` makes of o_t and n_t, and a gradient by o_t
+alone: that of the sums with queries r_t q_t, of outputs dy_t - y_t (y_t'dy_t) / H. Queries and keys may be features phi(x) of single numbers x, made when x has been read.
 
 Bodies use references, loops and products alone, which Pallas' compilers for NVIDIA GPUs share. A reference that a problem has no use for is None. All that
 products need is read before the first of them: the compiler leaves reads where they are written, and one between products would be waited for with nothing to do.
@@ -74,6 +75,19 @@ class Form:
         """The product of two matrices over these axes, in float32."""
         precision = precision_of_float32(self.interpret) if self.dtype == jnp.float32 else None
         return product(a.astype(self.factor), b.astype(self.factor), a_axis, b_axis, precision)
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """What gives rows of H values, after they have been divided by their sum of scores, a root mean square of 1 but for epsilon: ops.decayed.group_norm."""
+
+    H: int
+    epsilon: float
+
+    def factor(self, o, scores, weight):
+        """What rows [c, h] are multiplied by, [c]; h is H and what is padded with zeros."""
+        factor = weight / jnp.maximum(jnp.abs(scores) * weight, 1.0)
+        return factor * lax.rsqrt(jnp.sum(o * o, axis=1) / self.H * factor * factor + self.epsilon)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,8 +216,11 @@ def starts_kernel(through_ref, end_ref, total_end_ref, start_ref, total_start_re
     repeat(segments // width, step, (zeros(form.r_tile, form.h_tile), None if total_end_ref is None else zeros(form.r_tile)))
 
 
-def output_kernel(decay_ref, q_ref, k_ref, v_ref, state_ref, start_ref, left_ref, total_ref, o_ref, norm_ref, *, form: Form, divided: bool):
-    """One chunk of one query head: o [c, h] and n [c], or o / n and 1 / n, of q, k [c, R], v [c, h], and the state [R, h] and total [R] before the chunk."""
+def output_kernel(decay_ref, q_ref, k_ref, v_ref, state_ref, start_ref, left_ref, total_ref, weight_ref, o_ref, norm_ref, *, form: Form, finish: str | Norm):
+    """One chunk of one query head: o [c, h] and n [c], of q, k [c, R], v [c, h], and the state [R, h] and total [R] before the chunk.
+
+    finish: "ratio", o / n and 1 / n in their place; a Norm, o times its factor, of n and weight [c], and that factor.
+    """
     c, R = q_ref.shape
     fade, held = Decay.read(decay_ref, 0, c), Held(state_ref, start_ref, left_ref)
     v = v_ref[...] if form.causal else None
@@ -222,12 +239,21 @@ def output_kernel(decay_ref, q_ref, k_ref, v_ref, state_ref, start_ref, left_ref
         scores = fade.within(products)
         o, norm = o + form.dot(scores, v, 1, 0), None if norm is None else norm + jnp.sum(scores, axis=1)
     if norm is not None:
-        if divided:
+        if finish == "ratio":
             none = norm < jnp.finfo(norm.dtype).tiny
             norm = jnp.where(none, 0.0, 1 / jnp.where(none, 1.0, norm))
             o = by_row(norm, o)
+        elif isinstance(finish, Norm):
+            norm = finish.factor(o, norm, weight_ref[...])
+            o = by_row(norm, o)
         norm_ref[...] = norm
     o_ref[...] = o.astype(o_ref.dtype)
+
+
+def unit_gradient_kernel(y_ref, dy_ref, dx_ref, *, form: Form, norm: Norm):
+    """What the sums get, over the factor of each row, of rows y [c, H] that `norm` has made of them, and their gradient."""
+    y, dy = y_ref[...].astype(jnp.float32), dy_ref[...].astype(jnp.float32)
+    dx_ref[...] = (dy - by_row(jnp.sum(y * dy, axis=1) / norm.H, y)).astype(dx_ref.dtype)
 
 
 def dv_kernel(decay_ref, q_ref, k_ref, do_ref, scale_ref, dstate_ref, dstart_ref, dleft_ref, dv_ref, *, form: Form):

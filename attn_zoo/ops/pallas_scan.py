@@ -18,8 +18,8 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array
 
 from attn_zoo.ops import pallas_kernels
-from attn_zoo.ops.pallas_linear_kernels import Form, dqk_kernel, dv_kernel, factor_of, output_kernel, starts_kernel, states_kernel
-from attn_zoo.ops.tuning import ScanTile, fit, scan_tile
+from attn_zoo.ops.pallas_linear_kernels import Form, Norm, dqk_kernel, dv_kernel, factor_of, output_kernel, starts_kernel, states_kernel, unit_gradient_kernel
+from attn_zoo.ops.tuning import ScanTile, fit, power_of_two, scan_tile
 
 PROGRAMS = 512  # that go through segments side by side, where sequences and heads alone are fewer: some four for each processor of a large GPU
 LEAST_CHUNKS = 4  # of a segment
@@ -57,6 +57,13 @@ class Plan:
         dividing = max(n for n in range(1, wanted + 1) if chunks % n == 0)
         return dataclasses.replace(self, segments=dividing if 2 * dividing >= wanted else wanted)
 
+    def with_whole_rows(self, H: int) -> "Plan":
+        """The same where a program of the outputs has all of these values, and as many more warps as they are more."""
+        tile = dict(self.tiles)["output"]
+        more = max(tile.values, power_of_two(H)) // tile.values
+        wide = dataclasses.replace(tile, values=more * tile.values, num_warps=min(8, more * tile.num_warps))
+        return dataclasses.replace(self, tiles=tuple((dict(self.tiles) | {"output": wide}).items()))
+
     @property
     def widest(self) -> tuple[int, int]:
         """Features and values of which whole tiles of every kernel can be made."""
@@ -85,7 +92,7 @@ class Run:
 
     An array is given with its axes, a letter each, which name the part that one program has: b its sequence; n its head, k the key head of its query head, g
     the G query heads of its key head; i its chunk and t the positions of it; r and h its tile of features and of values, x and y the number of that tile. C, T,
-    R and H are all chunks, positions, features and values, s all segments of a sequence, and a is the sequence of which b is a segment.
+    R and H are all chunks, positions, features and values, s all segments of a sequence, a is the sequence of which b is a segment, and p which one it is.
     """
 
     def __init__(self, plan: Plan, q, v):
@@ -144,12 +151,19 @@ class Run:
         """L at the last position of each chunk, [B, K, C]."""
         return L.reshape(*L.shape[:2], self.C, self.plan.chunk)[..., -1]
 
-    def outputs(self, q, k, v, L, states: States, divided: bool):
-        """(o [B, T, N, H], as factors are, norm [B, N, T] or None, float32); divided: o / norm, and 1 / norm, zeros where it would not be finite."""
+    def outputs(self, q, k, v, L, states: States, finish: str | Norm, weight=None):
+        """(o [B, T, N, H], as factors are, norm [B, N, T] or None, float32).
+
+        finish: "ratio", o / norm and 1 / norm, zeros where it would not be finite; a Norm, o times its factor, of norm and weight [s, N, T], and that factor.
+        """
         within = [(k, "btkR"), (v, "btkh")] if self.plan.causal else [(None, "")] * 2
         outputs = [(self.factor, "btnh"), (None if states.totals is None else jnp.float32, "ybnt")]
-        o, norm = self.call("output", output_kernel, [(L, "bkt"), (q, "btnR"), *within, *self._held(states, "k", "Rh")], outputs, self.N, "hi", divided=divided)
+        o, norm = self.call("output", output_kernel, [(L, "bkt"), (q, "btnR"), *within, *self._held(states, "k", "Rh"), (weight, "pnt")], outputs, self.N, "hi", finish=finish)
         return o, None if norm is None else norm[0]
+
+    def unit_gradients(self, y, dy, norm: Norm):
+        """[B, T, N, H], of what `norm` has made, and its gradient: that of the sums over the factor of each row."""
+        return self.call("output", unit_gradient_kernel, [(y, "btnH"), (dy, "btnH")], [(self.factor, "btnH")], self.N, "i", norm=norm)[0]
 
     def dv(self, q, k, do, scale, L, dstates: States | None):
         """[B, T, K, H]; the part of it within chunks, if without `dstates`."""
@@ -157,11 +171,11 @@ class Run:
         within = [(q, "btgR"), (k, "btnR"), (do, "btgh"), (scale, "bgt")] if self.plan.causal else [(None, ""), (k, "btnR"), (None, ""), (None, "")]
         return self.call("dv", dv_kernel, [(L, "bnt"), *within, *held], [(self.dtype, "btnh")], self.K, "hi")[0]
 
-    def dqk(self, q, k, v, do, dnorm, scale, L, states: States, dstates: States, dx=None):
-        """(dq, dk, dL [B, K, T] or None, dw); dx: the gradient of values that were corrected by w."""
+    def dqk(self, q, k, v, do, dnorm, scale, L, states: States, dstates: States, dx=None, fixed: bool = False):
+        """(dq, dk, dL [B, K, T] or None, dw); dx: the gradient of values that were corrected by w; fixed: L has no gradient."""
         inputs = [(L, "bnt"), (q, "btgr"), (k, "btnr"), (v, "btnH"), (do, "btgH"), (dnorm, "bgt"), (scale, "bgt")]
         (*before, total), (*after, dtotal) = (self._held(x, "n", "rH") for x in (states, dstates))
-        outputs = [(self.dtype, "btgr"), (self.dtype, "btnr"), (None if L is None else jnp.float32, "xbnt"), (None if dx is None else self.dtype, "btnr")]
+        outputs = [(self.dtype, "btgr"), (self.dtype, "btnr"), (None if L is None or fixed else jnp.float32, "xbnt"), (None if dx is None else self.dtype, "btnr")]
         dq, dk, dL, dw = self.call("dqk", dqk_kernel, [*inputs, *before, *after, total, dtotal, (dx, "btnH")], outputs, self.K, "ri")
         return dq, dk, None if dL is None else dL.sum(axis=0), dw
 
@@ -186,6 +200,7 @@ class Run:
         axes = {
             "b": (B, None, lambda r, h, i, n, b: b),
             "a": (self.B // self.plan.segments, None, lambda r, h, i, n, b: b // self.plan.segments),
+            "p": (self.plan.segments, None, lambda r, h, i, n, b: b % self.plan.segments),
             "n": (heads, None, lambda r, h, i, n, b: n),
             "k": (self.K, None, lambda r, h, i, n, b: n // G),
             "g": (heads * G, G, lambda r, h, i, n, b: n),

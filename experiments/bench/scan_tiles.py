@@ -121,7 +121,7 @@ class ScanTiles:
 
 _CALLS = {
     "states": lambda plan, k, v, L: _found(Run(plan, k, v).states(k, v, L, None, True)[0]),
-    "output": lambda plan, q, k, v, L, states, totals: Run(plan, q, v).outputs(q, k, v, L, _held(states, totals), False),
+    "output": lambda plan, q, k, v, L, states, totals: Run(plan, q, v).outputs(q, k, v, L, _held(states, totals), "both"),
     "dv": lambda plan, q, k, do, L, dstates: Run(plan, q, do).dv(q, k, do, None, L, _held(dstates)),
     "dqk": lambda plan, q, k, v, do, dnorm, L, states, dstates, totals, dtotals: Run(plan, q, v).dqk(
         q, k, v, do, dnorm, None, L, _held(states, totals), _held(dstates, dtotals)

@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import pytest
 
+WITHOUT_PRODUCTS = {"starts_kernel", "unit_gradient_kernel"}  # kernels that add and multiply numbers, with no use for matrix units
 H200, A6000 = "NVIDIA H200", "NVIDIA RTX A6000"  # compute capability 9.0, and 8.6 with the least shared memory that the default tiles are for
 
 # Name as JAX gives it: (compute capability, shared memory of a multiprocessor, and the most of it that one program may ask for, threads, multiprocessors,

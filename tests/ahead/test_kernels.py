@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ahead import A6000, H200, assembled, compiled
+from ahead import A6000, H200, WITHOUT_PRODUCTS, assembled, compiled
 from attn_zoo.attention.fixed import OtherBlocks
 from attn_zoo.attention.linear import elu
 from attn_zoo.attention.memory_compressed import PastSlots
 from attn_zoo.attention.poolingformer import NearSlots
 from attn_zoo.ops import pallas_linear, tuning
 from attn_zoo.ops.blocked import ScoreMod
+from attn_zoo.ops.decayed import normed_sums
 from attn_zoo.ops.delta import delta_rule
 from attn_zoo.ops.linear import linear_attention
 from attn_zoo.ops.mosaic_attention import mosaic_attention
@@ -40,12 +41,13 @@ def attends(dtype, H, **kwargs):
     return jax.value_and_grad(loss, (0, 1, 2)), *shapes
 
 
-def scans(name, dtype, R):
+def scans(name, dtype, R, H=64):
     """The same of a scan, with keys and queries of R features."""
-    shapes = [jax.ShapeDtypeStruct((2, 1000, *rest), dtype) for rest in ((4, R), (2, R), (2, 64))] + [jax.ShapeDtypeStruct((2, 1000, 2), jnp.float32)]
+    shapes = [jax.ShapeDtypeStruct((2, 1000, *rest), dtype) for rest in ((4, R), (2, R), (2, H))] + [jax.ShapeDtypeStruct((2, 1000, 2), jnp.float32)]
     run = {
         "linear": lambda q, k, v, _: pallas_linear.pallas_sums(q, k, v),
         "decayed": pallas_linear.pallas_sums,
+        "normed": lambda *args: normed_sums(*args, jnp.ones((1000, 4)), backend="pallas"),
         "mapped": lambda q, k, v, _: linear_attention(q, k, v, causal=True, backend="pallas", phi=elu),
         "all": lambda q, k, v, _: linear_attention(q, k, v, causal=False, backend="pallas"),
         "delta": lambda q, k, v, beta: delta_rule(q, k, v, beta, backend="pallas"),
@@ -112,19 +114,19 @@ def test_attention_with_everything_compiles(kind, dtype, H, monkeypatch):
     assert "1000,1000]" not in text and "1024,1024]" not in text, "a dense mask or score matrix"
 
 
-SCANS = [(name, R) for name in ("linear", "decayed", "mapped", "all") for R in (64, 256)] + [("delta", 64), ("delta", 256)]
+SCANS = [(name, R, dtype) for name in ("linear", "decayed", "mapped", "all", "delta") for R in (64, 256) for dtype in (jnp.bfloat16, jnp.float32)]
+SCANS += [("normed", R, jnp.bfloat16) for R in (64, 128)]  # of as many values
 
 
 @KINDS
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
-@pytest.mark.parametrize("name, R", SCANS)
+@pytest.mark.parametrize("name, R, dtype", SCANS, ids=lambda x: x if isinstance(x, str | int) else jnp.dtype(x).name)
 def test_scans_fit(name, R, dtype, kind, monkeypatch):
     monkeypatch.setattr(tuning, "_device_kind", lambda: kind)
-    found = assembled(*scans(name, dtype, R), gpu=kind)
-    kernels, between = {kernel.partition("__")[0] for kernel in found}, {"starts_kernel"}  # the latter adds and multiplies numbers, and is for segments alone
+    found = assembled(*scans(name, dtype, R, R if name == "normed" else 64), gpu=kind)
+    kernels = {kernel.partition("__")[0] for kernel in found} - WITHOUT_PRODUCTS
     systems = {"wy_kernel", "dwy_kernel"} if name == "delta" else set()
-    assert kernels - between == {"states_kernel", "output_kernel", "dv_kernel", "dqk_kernel"} | systems
-    assert by_matrix_units({name: kernel for name, kernel in found.items() if name.partition("__")[0] not in between})
+    assert kernels == {"states_kernel", "output_kernel", "dv_kernel", "dqk_kernel"} | systems
+    assert by_matrix_units({name: kernel for name, kernel in found.items() if name.partition("__")[0] in kernels})
     assert {name: kernel.spilled for name, kernel in found.items() if kernel.spilled > SPILLED} == {}
 
 

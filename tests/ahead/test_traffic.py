@@ -48,7 +48,7 @@ LIMITS = {
     ("performer", False): (13, 39),
     ("rfa", True): (22, 63),
     ("rfa", False): (15, 44),
-    ("retention", True): (12, 33),
+    ("retention", True): (9, 29),
     ("delta(feature_map='elu')", True): (20, 58),
     ("delta", True): (30, 89),
 }

@@ -7,8 +7,8 @@ import pytest
 from tiny import ON_CPU
 
 from attn_zoo import Unsupported, UserError, make_attention
-from attn_zoo.attention.retention import EPSILON
 from attn_zoo.ops import decayed
+from attn_zoo.ops.decayed import EPSILON
 
 T, N, H = 37, 2, 8
 

@@ -13,7 +13,7 @@ from attn_zoo import make_attention
 from attn_zoo.attention.linear import elu
 from attn_zoo.ops import backends, decayed, pallas_kernels, pallas_linear as kernels, pallas_scan
 from attn_zoo.ops.backends import choose_scan
-from attn_zoo.ops.decayed import decayed_sums
+from attn_zoo.ops.decayed import decayed_sums, normed_sums
 from attn_zoo.ops.delta import delta_rule
 from attn_zoo.ops.linear import kernel_sums, linear_attention
 from attn_zoo.ops.tuning import scan_chunk
@@ -61,6 +61,15 @@ def fades(*args, backend):
     return decayed_sums(*args, backend=backend)
 
 
+def norms(*args, backend):
+    """Weights so that some rows are divided by the sum of their scores, and some are not."""
+    T, N = args[0].shape[1:3]
+    weight = jnp.exp(-3 * jax.random.uniform(jax.random.key(0), (T, N)))
+    if backend == "pallas":  # normed_sums leaves the norm of float32 to XLA
+        return kernels.pallas_normed_sums(*args, weight, epsilon=decayed.EPSILON)
+    return normed_sums(*args, weight, backend=backend)
+
+
 def sums(q, k, v, log_decay, backend):
     return kernel_sums(q, k, v, causal=True, backend=backend)
 
@@ -87,7 +96,7 @@ def maps_all(q, k, v, log_decay, backend):
     return linear_attention(q, k, v, causal=False, backend=backend, phi=elu)
 
 
-SCANS = {"linear": sums, "decayed": fades, "delta": corrects, "divided": divides, "mapped": maps}
+SCANS = {"linear": sums, "decayed": fades, "normed": norms, "delta": corrects, "divided": divides, "mapped": maps}
 SUMS = SCANS | {"all": sums_all, "all-mapped": maps_all}
 SHAPES = {  # a chunk is 64 positions, a tile 32 features or values
     "T1-one-head": {"T": 1, "N": 1, "K": 1},
@@ -107,7 +116,7 @@ def test_equals_the_xla_scan(name, shape, interpreted):
     assert_close(actual, expected, 3e-6)
 
 
-@pytest.mark.parametrize("name", ["linear", "decayed", "divided", "mapped", "all", "all-mapped"])
+@pytest.mark.parametrize("name", ["linear", "decayed", "normed", "divided", "mapped", "all", "all-mapped"])
 @pytest.mark.parametrize("chunks, segments", [(15, 3), (19, 4), (24, 6)], ids=["15-in-3", "19-in-4-padded", "24-in-6"])
 def test_in_segments_it_is_the_same(name, chunks, segments, interpreted, monkeypatch):
     """As of one sequence: what each segment begins with is what those before it have left."""
@@ -137,6 +146,14 @@ def test_a_query_that_sees_nothing_is_zero(interpreted):
     o, (dq, dk, dv) = results(lambda q, k, v: linear_attention(q, k, v, causal=True, backend="pallas"), (q, k, v))
     assert not o[:, :7].any() and not o[:, 20].any() and not dq[:, :7].any() and not dv[:, :7].any()
     assert all(np.isfinite(x).all() for x in (o, dq, dk, dv)) and o[:, 7].any()
+
+
+@pytest.mark.parametrize("H, dtype, fused", [(128, jnp.bfloat16, True), (130, jnp.bfloat16, False), (128, jnp.float32, False)])
+def test_rows_are_normalized_in_the_kernel_where_a_program_has_them(H, dtype, fused, interpreted):
+    args = inputs(50, N=2, K=1, R=16, H=H, dtype=dtype)
+    run = lambda backend: functools.partial(normed_sums, scale_TN=jnp.ones((50, 2)), backend=backend)
+    assert ("unit_gradient_kernel" in str(jax.make_jaxpr(functools.partial(results, run("pallas")))(args))) == fused
+    assert_close(*(results(run(backend), args) for backend in ("pallas", "xla")), 3e-6 if dtype == jnp.float32 else 2**-6)
 
 
 def test_equals_a_loop(interpreted):
@@ -326,7 +343,7 @@ def lowered(f, *shapes):
 KERNELS = ("states_kernel", "output_kernel", "dv_kernel", "dqk_kernel", "wy_kernel", "dwy_kernel")
 
 
-LOWERED = [(name, dtype, 64) for name in ("linear", "decayed") for dtype in kernels.DTYPES]
+LOWERED = [(name, dtype, 64) for name in ("linear", "decayed", "normed") for dtype in kernels.DTYPES]
 LOWERED += [("linear", dtype, 256) for dtype in kernels.DTYPES] + [("delta", jnp.bfloat16, R) for R in (64, 256)]
 LOWERED += [(name, dtype, 64) for name in ("mapped", "all-mapped") for dtype in kernels.DTYPES]
 
