@@ -23,7 +23,7 @@ from attn_zoo.attention.performer import Features
 from attn_zoo.ops import backends
 from attn_zoo.ops.angles import sine_and_cosine
 from attn_zoo.ops.decayed import decayed_sums
-from attn_zoo.ops.linear import init_state, kernel_sums, state_step, with_ones
+from attn_zoo.ops.linear import init_state, linear_attention, state_step, with_ones
 from attn_zoo.ops.pallas_features import MOST, sine_features
 from attn_zoo.ops.rows import dot_rows, scale_rows
 from attn_zoo.spec import Unsupported, check, check_int
@@ -70,12 +70,11 @@ class RandomFeatureAttention(Attention):
             log_gate_BTK, write_BTK = self.gates(k_BSKH, valid_BSK)
             o_BTNH, norm_BTN = decayed_sums(phi_q, phi_k * write_BTK[..., None], v_BSKH, log_gate_BTK, backend=backend)
             weight_BTK = -jnp.expm1(jnp.cumsum(log_gate_BTK, axis=1))  # sum_j (1 - g_j) prod_{j < l <= t} g_l
-        else:
-            o_BTNH, norm_BTN = kernel_sums(phi_q, phi_k, v_BSKH, causal=self.dims.causal, backend=backend)
-            count_BSK = valid_BSK.astype(jnp.float32)
-            weight_BTK = jnp.cumsum(count_BSK, axis=1) if self.dims.causal else count_BSK.sum(axis=1, keepdims=True)
-            weight_BTK = weight_BTK[:, jnp.minimum(jnp.arange(T), weight_BTK.shape[1] - 1)]
-        return divide(o_BTNH, norm_BTN, jnp.repeat(weight_BTK, N // self.dims.num_kv_heads, axis=2))
+            return divide(o_BTNH, norm_BTN, jnp.repeat(weight_BTK, N // self.dims.num_kv_heads, axis=2))
+        count_BSK = valid_BSK.astype(jnp.float32)
+        weight_BTK = jnp.cumsum(count_BSK, axis=1) if self.dims.causal else count_BSK.sum(axis=1, keepdims=True)
+        weight_BTK = weight_BTK[:, jnp.minimum(jnp.arange(T), weight_BTK.shape[1] - 1)]
+        return linear_attention(phi_q, phi_k, v_BSKH, causal=self.dims.causal, backend=backend, least_BTK=least(weight_BTK))
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         phi_q, phi_k = self.features(q_BTNH, k_BSKH, valid_BS, key)
@@ -157,7 +156,12 @@ def validity(valid_BS, k_BSKH):
 
 def divide(o_BTNH, norm_BTN, weight_BTN):
     """o / norm, the norm held at FLOOR times the weight of all visible keys; where that is nothing, so is o."""
-    return scale_rows(o_BTNH, 1 / jnp.maximum(jnp.maximum(norm_BTN, FLOOR * weight_BTN), TINY))
+    return scale_rows(o_BTNH, 1 / jnp.maximum(norm_BTN, least(weight_BTN)))
+
+
+def least(weight):
+    """What the denominator is held at."""
+    return jnp.maximum(FLOOR * weight, TINY)
 
 
 def flops(options: Options, B: int, T: int, S: int, N: int, H: int, causal: bool, K: int | None = None) -> float:

@@ -24,21 +24,27 @@ def linear_attention(
     causal: bool,
     backend: str = "xla",
     phi: Callable[[Array], Array] | None = None,
+    least_BTK: Float[Array, "B T K"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """o_i = phi(q_i)' sum_j phi(k_j) v_j' / phi(q_i)' sum_j phi(k_j), over all j or j <= i. Katharopoulos et al. 2020, eq. 5 and 9.
 
     Features must not be negative in sum over a row; invalid keys are given as phi(k) = 0. A row whose denominator is zero, or subnormal, gives zeros.
     phi: None, or a function of single numbers that makes features of the first two arguments; Pallas' kernels apply it where they read them. They have one length
-    for queries and keys: without a causal order, the shorter are padded to the longer.
+    for queries and keys: without a causal order, the shorter are padded to the longer. least: what the denominator is held at, or above, a constant to the gradient.
     """
     T, S = phi_q_BTNR.shape[1], phi_k_BSKR.shape[1]
     if backend == "pallas" and (phi is None or T == S):
         length = T if causal else max(T, S)
-        return pallas_kernel_attention(*(_as_long(x, length) for x in (phi_q_BTNR, phi_k_BSKR, v_BSKH)), causal=causal, phi=phi)[:, :T]
+        least_BTK = None if least_BTK is None else lax.stop_gradient(least_BTK)
+        arrays = (_as_long(x, length) for x in (phi_q_BTNR, phi_k_BSKR, v_BSKH))
+        return pallas_kernel_attention(*arrays, causal=causal, phi=phi, least_BTK=least_BTK)[:, :T]
     if phi is not None:
         phi_q_BTNR, phi_k_BSKR = phi(phi_q_BTNR), phi(phi_k_BSKR)
-        return linear_attention(phi_q_BTNR, phi_k_BSKR, v_BSKH, causal=causal, backend=backend)
-    return divided(*kernel_sums(phi_q_BTNR, phi_k_BSKR, v_BSKH, causal=causal, backend=backend))
+        return linear_attention(phi_q_BTNR, phi_k_BSKR, v_BSKH, causal=causal, backend=backend, least_BTK=least_BTK)
+    o_BTNH, norm_BTN = kernel_sums(phi_q_BTNR, phi_k_BSKR, v_BSKH, causal=causal, backend=backend)
+    if least_BTK is not None:
+        norm_BTN = jnp.maximum(norm_BTN, lax.stop_gradient(jnp.repeat(least_BTK, norm_BTN.shape[2] // least_BTK.shape[2], axis=2)))
+    return divided(o_BTNH, norm_BTN)
 
 
 def kernel_sums(

@@ -84,14 +84,16 @@ def pallas_kernel_attention(
     *,
     causal: bool,
     phi: Callable[[Array], Array] | None = None,
+    least_BTK: Float[Array, "B T K"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """The first of the sums above over the second, float32, without decay; zeros where that is zero or subnormal. See ops.linear.
+    """The first of the sums above over the second, or `least` where that is more, float32, without decay; zeros where it is zero or subnormal. See ops.linear.
 
     phi, a function of single numbers that JAX differentiates, is applied to q and k in the kernels, which then read them in the dtype that `pallas_sums` has for
     features. The quotient of bfloat16 values is rounded to bfloat16 once. Raises Unsupported as above.
     """
     plan, (q, k, v) = _whole(None, q_BTNR, k_BTKR, v_BTKH, causal=causal, phi=phi)
-    return _cut(_scan(plan, "ratio", q, k, v, None, None, None), *q_BTNR.shape[:2], v_BTKH.shape[3])
+    weight = None if least_BTK is None else _in_segments(plan, least_BTK.astype(jnp.float32), plan.segments * v.shape[1]).swapaxes(1, 2)
+    return _cut(_scan(plan, "ratio", q, k, v, None, None, weight), *q_BTNR.shape[:2], v_BTKH.shape[3])
 
 
 def corrected_sums(
@@ -125,8 +127,7 @@ def _whole(chunk: int | None, *arrays, corrected: int = 0, causal: bool = True, 
         length = ceil(length, plan.chunk * plan.segments)
     if phi is not None and (R != arrays[0].shape[3] or not causal and length != T):  # the features of what is padded need not be 0; no query sees later keys
         arrays, plan = (*map(phi, arrays[:2]), arrays[2]), dataclasses.replace(plan, phi=None)
-    arrays = [pad(x.astype(dtype), {1: length, 3: H if x is arrays[-1] else R}) for x in arrays]
-    return plan, [x.reshape(B * plan.segments, length // plan.segments, *x.shape[2:]) for x in arrays]
+    return plan, [_in_segments(plan, pad(x.astype(dtype), {3: H if x is arrays[-1] else R}), length) for x in arrays]
 
 
 def _cut(o, B: int, T: int, H: int):
@@ -136,18 +137,22 @@ def _cut(o, B: int, T: int, H: int):
 
 def _running(plan: Plan, log_decay_BTK, length: int):
     """L, float32: the sums of the log decays within each chunk, of sequences of this length in segments, [B segments, K, T]."""
-    B, _, K = log_decay_BTK.shape
     # Of a decay that is a constant XLA would compute the sums while it compiles, for ten seconds and more.
-    steps = lax.optimization_barrier(pad(log_decay_BTK.astype(jnp.float32), {1: length}))
-    L = jnp.cumsum(steps.reshape(B * plan.segments, -1, plan.chunk, K), axis=2)
-    return L.reshape(B * plan.segments, -1, K).swapaxes(1, 2)
+    steps = _in_segments(plan, lax.optimization_barrier(log_decay_BTK.astype(jnp.float32)), length)
+    L = jnp.cumsum(steps.reshape(len(steps), -1, plan.chunk, steps.shape[2]), axis=2)
+    return L.reshape(steps.shape).swapaxes(1, 2)
+
+
+def _in_segments(plan: Plan, x, length: int):
+    """[B, T, ...], padded to this length, as sequences that are segments."""
+    return pad(x, {1: length}).reshape(len(x) * plan.segments, -1, *x.shape[2:])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _scan(plan: Plan, wanted: Wanted, q, k, v, L, w, weight):
     """What is wanted, o [B, T, N, H] or (o, norm [B, N, T]), of arrays in whole chunks and tiles; L [B, K, T] is None without decay, w without a correction.
 
-    v is U where there is w; weight is a Norm's, [segments, N, T], which has no gradient, nor has L then.
+    v is U where there is w. weight, without a gradient: a Norm's, [segments, N, T], where L has none either, or what the norm of a ratio is at least, [B, K, T].
     """
     return _scan_fwd(plan, wanted, q, k, v, L, w, weight)[0]
 
@@ -157,16 +162,18 @@ def _scan_fwd(plan, wanted, q, k, v, L, w, weight):
     states, values = run.states(k, v, L, w, wanted != "first")
     o, norm = run.outputs(q, k, values, L, states, wanted, weight)
     if wanted in ("both", "first"):
-        return (o, norm) if wanted == "both" else o, (q, k, values, L, w, states, None, None)
-    return o, (q, k, values, L, w, states if wanted == "ratio" else states._replace(totals=None), o, norm)
+        return (o, norm) if wanted == "both" else o, (q, k, values, L, w, weight, states, None, None)
+    return o, (q, k, values, L, w, weight, states if wanted == "ratio" else states._replace(totals=None), o, norm)
 
 
 def _scan_bwd(plan, wanted, kept, cotangents):
-    q, k, values, L, w, states, scaled, scale = kept
+    q, k, values, L, w, weight, states, scaled, scale = kept
     run = Run(plan, q, values)
     do, dnorm = cotangents if wanted == "both" else (cotangents, None)
     if wanted == "ratio":
         dnorm = -jnp.sum(scaled.astype(jnp.float32) * do.astype(jnp.float32), axis=3).swapaxes(1, 2)
+        if weight is not None:
+            dnorm = jnp.where(scale * jnp.repeat(weight, run.N // run.K, axis=1) > 1 - 1e-6, 0.0, dnorm)  # the norm was held, but for what 1 / norm is rounded
     elif isinstance(wanted, Norm):
         do = run.unit_gradients(scaled, do, wanted)
     if w is None:

@@ -219,7 +219,7 @@ def starts_kernel(through_ref, end_ref, total_end_ref, start_ref, total_start_re
 def output_kernel(decay_ref, q_ref, k_ref, v_ref, state_ref, start_ref, left_ref, total_ref, weight_ref, o_ref, norm_ref, *, form: Form, finish: str | Norm):
     """One chunk of one query head: o [c, h] and n [c], of q, k [c, R], v [c, h], and the state [R, h] and total [R] before the chunk.
 
-    finish: "ratio", o / n and 1 / n in their place; a Norm, o times its factor, of n and weight [c], and that factor.
+    finish: "ratio", o / n and 1 / n in their place, of n held at weight [c] or above, if there is one; a Norm, o times its factor, of n and weight, and that factor.
     """
     c, R = q_ref.shape
     fade, held = Decay.read(decay_ref, 0, c), Held(state_ref, start_ref, left_ref)
@@ -240,6 +240,7 @@ def output_kernel(decay_ref, q_ref, k_ref, v_ref, state_ref, start_ref, left_ref
         o, norm = o + form.dot(scores, v, 1, 0), None if norm is None else norm + jnp.sum(scores, axis=1)
     if norm is not None:
         if finish == "ratio":
+            norm = norm if weight_ref is None else jnp.maximum(norm, weight_ref[...])
             none = norm < jnp.finfo(norm.dtype).tiny
             norm = jnp.where(none, 0.0, 1 / jnp.where(none, 1.0, norm))
             o = by_row(norm, o)

@@ -154,11 +154,13 @@ class Run:
     def outputs(self, q, k, v, L, states: States, finish: str | Norm, weight=None):
         """(o [B, T, N, H], as factors are, norm [B, N, T] or None, float32).
 
-        finish: "ratio", o / norm and 1 / norm, zeros where it would not be finite; a Norm, o times its factor, of norm and weight [s, N, T], and that factor.
+        finish: "ratio", o / norm and 1 / norm, zeros where it would not be finite, of norm held at weight [B, K, T] or above, if there is one; a Norm, o times its
+        factor, of norm and weight [s, N, T], and that factor.
         """
         within = [(k, "btkR"), (v, "btkh")] if self.plan.causal else [(None, "")] * 2
         outputs = [(self.factor, "btnh"), (None if states.totals is None else jnp.float32, "ybnt")]
-        o, norm = self.call("output", output_kernel, [(L, "bkt"), (q, "btnR"), *within, *self._held(states, "k", "Rh"), (weight, "pnt")], outputs, self.N, "hi", finish=finish)
+        inputs = [(L, "bkt"), (q, "btnR"), *within, *self._held(states, "k", "Rh"), (weight, "pnt" if isinstance(finish, Norm) else "bkt")]
+        o, norm = self.call("output", output_kernel, inputs, outputs, self.N, "hi", finish=finish)
         return o, None if norm is None else norm[0]
 
     def unit_gradients(self, y, dy, norm: Norm):

@@ -88,6 +88,14 @@ def maps(q, k, v, log_decay, backend):
     return linear_attention(q, k, v, causal=True, backend=backend, phi=elu)
 
 
+def holds(q, k, v, log_decay, backend, causal=True):
+    """Some denominators are less than what they are held at, and some are not: by the number of keys, of weights that are near the number of features."""
+    T, R = q.shape[1], q.shape[3]
+    seen_T = jnp.arange(1, T + 1) if causal else jnp.full(T, T)
+    least = R * seen_T[:, None] * jax.random.uniform(jax.random.key(0), log_decay.shape, minval=0.5, maxval=2.5)
+    return linear_attention(elu(q), elu(k), v, causal=causal, backend=backend, least_BTK=least)
+
+
 def sums_all(q, k, v, log_decay, backend):
     return kernel_sums(q, k, v, causal=False, backend=backend)
 
@@ -96,8 +104,8 @@ def maps_all(q, k, v, log_decay, backend):
     return linear_attention(q, k, v, causal=False, backend=backend, phi=elu)
 
 
-SCANS = {"linear": sums, "decayed": fades, "normed": norms, "delta": corrects, "divided": divides, "mapped": maps}
-SUMS = SCANS | {"all": sums_all, "all-mapped": maps_all}
+SCANS = {"linear": sums, "decayed": fades, "normed": norms, "delta": corrects, "divided": divides, "mapped": maps, "held": holds}
+SUMS = SCANS | {"all": sums_all, "all-mapped": maps_all, "all-held": functools.partial(holds, causal=False)}
 SHAPES = {  # a chunk is 64 positions, a tile 32 features or values
     "T1-one-head": {"T": 1, "N": 1, "K": 1},
     "T63-K1-one-tile": {"T": 63, "N": 3, "K": 1},
@@ -116,7 +124,7 @@ def test_equals_the_xla_scan(name, shape, interpreted):
     assert_close(actual, expected, 3e-6)
 
 
-@pytest.mark.parametrize("name", ["linear", "decayed", "normed", "divided", "mapped", "all", "all-mapped"])
+@pytest.mark.parametrize("name", ["linear", "decayed", "normed", "divided", "mapped", "held", "all", "all-mapped", "all-held"])
 @pytest.mark.parametrize("chunks, segments", [(15, 3), (19, 4), (24, 6)], ids=["15-in-3", "19-in-4-padded", "24-in-6"])
 def test_in_segments_it_is_the_same(name, chunks, segments, interpreted, monkeypatch):
     """As of one sequence: what each segment begins with is what those before it have left."""
