@@ -39,23 +39,26 @@ def normed_sums(
     log_decay_BTK: Float[Array, "B T K"],
     scale_TN: Float[Array, "T N"],
     *,
+    epsilon: float = EPSILON,
     backend: str = "xla",
 ) -> Float[Array, "B T N H"]:
     """`group_norm` of `decayed_sums`, float32; decays and scale are constants to the gradient. On a GPU the kernel that has the sums may normalize them."""
     log_decay_BTK, scale_TN = lax.stop_gradient((log_decay_BTK, scale_TN))
     if backend == "pallas" and serves_normed(v_BTKH.dtype, v_BTKH.shape[3]):
-        return pallas_normed_sums(q_BTNR, k_BTKR, v_BTKH, log_decay_BTK, scale_TN, epsilon=EPSILON)
-    return group_norm(*decayed_sums(q_BTNR, k_BTKR, v_BTKH, log_decay_BTK, backend=backend), scale_TN)
+        return pallas_normed_sums(q_BTNR, k_BTKR, v_BTKH, log_decay_BTK, scale_TN, epsilon=epsilon)
+    return group_norm(*decayed_sums(q_BTNR, k_BTKR, v_BTKH, log_decay_BTK, backend=backend), scale_TN, epsilon)
 
 
-def group_norm(o_BTNH: Float[Array, "B T N H"], scores_BTN: Float[Array, "B T N"], scale_TN: Float[Array, "*T N"] | float = 1.0) -> Float[Array, "B T N H"]:
+def group_norm(
+    o_BTNH: Float[Array, "B T N H"], scores_BTN: Float[Array, "B T N"], scale_TN: Float[Array, "*T N"] | float = 1.0, epsilon: float = EPSILON
+) -> Float[Array, "B T N H"]:
     """Each head's output over max(|sum of its scores|, 1), a constant to the gradient, and then over its root mean square; scale: of both, to begin with.
 
-    What a row is multiplied by is found first, so that o itself is read and written once. Sun et al. 2023, eq. 8 and "Score Normalization", there without parameters.
+    Sun et al. 2023, eq. 8 and "Score Normalization". What a row is multiplied by is found first, so that o itself is read and written once.
     """
     factor_BTN = scale_TN / jnp.maximum(abs(lax.stop_gradient(scores_BTN)) * scale_TN, 1)
     mean_square_BTN = dot_rows(o_BTNH, o_BTNH) / o_BTNH.shape[-1]
-    return scale_rows(o_BTNH, factor_BTN * (mean_square_BTN * factor_BTN**2 + EPSILON) ** -0.5)
+    return scale_rows(o_BTNH, factor_BTN * (mean_square_BTN * factor_BTN**2 + epsilon) ** -0.5)
 
 
 def decayed_attention(

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from attn_zoo.ops.native_linear import native_sums
 from attn_zoo.ops.pallas_linear import pallas_kernel_attention, pallas_sums
+from attn_zoo.ops.pallas_scan import pad
 from attn_zoo.ops.rows import scale_rows
 
 CHUNK = 128  # positions per step of the causal scan
@@ -28,22 +29,22 @@ def linear_attention(
 ) -> Float[Array, "B T N H"]:
     """o_i = phi(q_i)' sum_j phi(k_j) v_j' / phi(q_i)' sum_j phi(k_j), over all j or j <= i. Katharopoulos et al. 2020, eq. 5 and 9.
 
-    Features must not be negative in sum over a row; invalid keys are given as phi(k) = 0. A row whose denominator is zero, or subnormal, gives zeros.
+    Denominators must not be negative, unless `least` is positive; invalid keys are given as phi(k) = 0. A row whose denominator is zero, or subnormal, gives zeros.
     phi: None, or a function of single numbers that makes features of the first two arguments; Pallas' kernels apply it where they read them. They have one length
     for queries and keys: without a causal order, the shorter are padded to the longer. least: what the denominator is held at, or above, a constant to the gradient.
     """
     T, S = phi_q_BTNR.shape[1], phi_k_BSKR.shape[1]
+    least_BTK = None if least_BTK is None else lax.stop_gradient(least_BTK)
     if backend == "pallas" and (phi is None or T == S):
         length = T if causal else max(T, S)
-        least_BTK = None if least_BTK is None else lax.stop_gradient(least_BTK)
-        arrays = (_as_long(x, length) for x in (phi_q_BTNR, phi_k_BSKR, v_BSKH))
-        return pallas_kernel_attention(*arrays, causal=causal, phi=phi, least_BTK=least_BTK)[:, :T]
+        q, k, v, least = (None if x is None else _as_long(x, length) for x in (phi_q_BTNR, phi_k_BSKR, v_BSKH, least_BTK))
+        return pallas_kernel_attention(q, k, v, causal=causal, phi=phi, least_BTK=least)[:, :T]
     if phi is not None:
         phi_q_BTNR, phi_k_BSKR = phi(phi_q_BTNR), phi(phi_k_BSKR)
         return linear_attention(phi_q_BTNR, phi_k_BSKR, v_BSKH, causal=causal, backend=backend, least_BTK=least_BTK)
     o_BTNH, norm_BTN = kernel_sums(phi_q_BTNR, phi_k_BSKR, v_BSKH, causal=causal, backend=backend)
     if least_BTK is not None:
-        norm_BTN = jnp.maximum(norm_BTN, lax.stop_gradient(jnp.repeat(least_BTK, norm_BTN.shape[2] // least_BTK.shape[2], axis=2)))
+        norm_BTN = jnp.maximum(norm_BTN, jnp.repeat(least_BTK, norm_BTN.shape[2] // least_BTK.shape[2], axis=2))
     return divided(o_BTNH, norm_BTN)
 
 
@@ -153,7 +154,7 @@ def with_ones(v_BSKH: Array) -> Array:
 
 def _as_long(x_BSKX, T: int):
     """T positions: keys beyond the last query are never seen by causal ones, and missing keys are zeros, which add nothing."""
-    return jnp.pad(x_BSKX[:, :T], ((0, 0), (0, max(0, T - x_BSKX.shape[1])), (0, 0), (0, 0)))
+    return pad(x_BSKX[:, :T], {1: T})
 
 
 def _scan(q_BTKGR, k_BSKR, v_BSKH):

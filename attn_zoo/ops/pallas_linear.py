@@ -65,16 +65,19 @@ def pallas_normed_sums(
     k_BTKR: Float[Array, "B T K R"],
     v_BTKH: Float[Array, "B T K H"],
     log_decay_BTK: Float[Array, "B T K"],
-    weight_TN: Float[Array, "T N"],
+    scale_TN: Float[Array, "T N"],
     *,
     epsilon: float,
 ) -> Float[Array, "B T N H"]:
-    """ops.decayed.group_norm of the causal sums above, of bfloat16 values, rounded once; float32. See ops.decayed.normed_sums. Raises Unsupported as above."""
+    """ops.decayed.group_norm of the causal sums above, float32; decays and scale are constants to the gradient. Of bfloat16 values it is rounded to bfloat16 once.
+
+    Meant for what `serves_normed` says; wider rows, or those of float32, would want more of a processor than there is. Raises Unsupported as above.
+    """
     (B, T, N, _), H = q_BTNR.shape, v_BTKH.shape[3]
     plan, (q, k, v) = _whole(None, q_BTNR, k_BTKR, v_BTKH, whole_rows=True)
     length = plan.segments * v.shape[1]
-    weight = pad(jnp.asarray(weight_TN, jnp.float32).T, {1: length}).reshape(N, plan.segments, -1).swapaxes(0, 1)
-    return _cut(_scan(plan, Norm(H, epsilon), q, k, v, _running(plan, log_decay_BTK, length), None, weight), B, T, H)
+    scale = pad(scale_TN.astype(jnp.float32).T, {1: length}).reshape(N, plan.segments, -1).swapaxes(0, 1)
+    return _cut(_scan(plan, Norm(H, epsilon), q, k, v, _running(plan, log_decay_BTK, length), None, scale), B, T, H)
 
 
 def pallas_kernel_attention(
@@ -86,14 +89,15 @@ def pallas_kernel_attention(
     phi: Callable[[Array], Array] | None = None,
     least_BTK: Float[Array, "B T K"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """The first of the sums above over the second, or `least` where that is more, float32, without decay; zeros where it is zero or subnormal. See ops.linear.
+    """The first of the sums above over the second, or `least`, a constant to the gradient, where that is more; float32, without decay. Zeros where a denominator
+    is zero or subnormal. See ops.linear.
 
     phi, a function of single numbers that JAX differentiates, is applied to q and k in the kernels, which then read them in the dtype that `pallas_sums` has for
     features. The quotient of bfloat16 values is rounded to bfloat16 once. Raises Unsupported as above.
     """
     plan, (q, k, v) = _whole(None, q_BTNR, k_BTKR, v_BTKH, causal=causal, phi=phi)
-    weight = None if least_BTK is None else _in_segments(plan, least_BTK.astype(jnp.float32), plan.segments * v.shape[1]).swapaxes(1, 2)
-    return _cut(_scan(plan, "ratio", q, k, v, None, None, weight), *q_BTNR.shape[:2], v_BTKH.shape[3])
+    least = None if least_BTK is None else _in_segments(plan, least_BTK.astype(jnp.float32), plan.segments * v.shape[1]).swapaxes(1, 2)
+    return _cut(_scan(plan, "ratio", q, k, v, None, None, least), *q_BTNR.shape[:2], v_BTKH.shape[3])
 
 
 def corrected_sums(
@@ -149,31 +153,32 @@ def _in_segments(plan: Plan, x, length: int):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _scan(plan: Plan, wanted: Wanted, q, k, v, L, w, weight):
+def _scan(plan: Plan, wanted: Wanted, q, k, v, L, w, per_row):
     """What is wanted, o [B, T, N, H] or (o, norm [B, N, T]), of arrays in whole chunks and tiles; L [B, K, T] is None without decay, w without a correction.
 
-    v is U where there is w. weight, without a gradient: a Norm's, [segments, N, T], where L has none either, or what the norm of a ratio is at least, [B, K, T].
+    v is U where there is w. per_row: the scale of a Norm, [segments, N, T], or what the denominators of a ratio are at least, [B, K, T], or None. Neither it nor,
+    with a Norm, L has a gradient.
     """
-    return _scan_fwd(plan, wanted, q, k, v, L, w, weight)[0]
+    return _scan_fwd(plan, wanted, q, k, v, L, w, per_row)[0]
 
 
-def _scan_fwd(plan, wanted, q, k, v, L, w, weight):
+def _scan_fwd(plan, wanted, q, k, v, L, w, per_row):
     run = Run(plan, q, v)
     states, values = run.states(k, v, L, w, wanted != "first")
-    o, norm = run.outputs(q, k, values, L, states, wanted, weight)
+    o, norm = run.outputs(q, k, values, L, states, wanted, per_row)
     if wanted in ("both", "first"):
-        return (o, norm) if wanted == "both" else o, (q, k, values, L, w, weight, states, None, None)
-    return o, (q, k, values, L, w, weight, states if wanted == "ratio" else states._replace(totals=None), o, norm)
+        return (o, norm) if wanted == "both" else o, (q, k, values, L, w, per_row, states, None, None)
+    return o, (q, k, values, L, w, per_row, states if wanted == "ratio" else states._replace(totals=None), o, norm)
 
 
 def _scan_bwd(plan, wanted, kept, cotangents):
-    q, k, values, L, w, weight, states, scaled, scale = kept
+    q, k, values, L, w, per_row, states, scaled, scale = kept
     run = Run(plan, q, values)
     do, dnorm = cotangents if wanted == "both" else (cotangents, None)
     if wanted == "ratio":
         dnorm = -jnp.sum(scaled.astype(jnp.float32) * do.astype(jnp.float32), axis=3).swapaxes(1, 2)
-        if weight is not None:
-            dnorm = jnp.where(scale * jnp.repeat(weight, run.N // run.K, axis=1) > 1 - 1e-6, 0.0, dnorm)  # the norm was held, but for what 1 / norm is rounded
+        if per_row is not None:  # none where the denominator was held, and is the inverse of `scale` but for rounding
+            dnorm = jnp.where(scale * jnp.repeat(per_row, run.N // run.K, axis=1) > 1 - 1e-6, 0.0, dnorm)
     elif isinstance(wanted, Norm):
         do = run.unit_gradients(scaled, do, wanted)
     if w is None:

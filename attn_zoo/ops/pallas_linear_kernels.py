@@ -79,14 +79,14 @@ class Form:
 
 @dataclasses.dataclass(frozen=True)
 class Norm:
-    """What gives rows of H values, after they have been divided by their sum of scores, a root mean square of 1 but for epsilon: ops.decayed.group_norm."""
+    """What ops.decayed.group_norm multiplies rows of H values by, for a root mean square of 1 but for epsilon."""
 
     H: int
     epsilon: float
 
-    def factor(self, o, scores, weight):
-        """What rows [c, h] are multiplied by, [c]; h is H and what is padded with zeros."""
-        factor = weight / jnp.maximum(jnp.abs(scores) * weight, 1.0)
+    def factor(self, o, scores, scale):
+        """Of rows o [c, h], their sums of scores and their scale, [c] each; h is H and what is padded with zeros."""
+        factor = scale / jnp.maximum(jnp.abs(scores) * scale, 1.0)
         return factor * lax.rsqrt(jnp.sum(o * o, axis=1) / self.H * factor * factor + self.epsilon)
 
 
@@ -216,10 +216,11 @@ def starts_kernel(through_ref, end_ref, total_end_ref, start_ref, total_start_re
     repeat(segments // width, step, (zeros(form.r_tile, form.h_tile), None if total_end_ref is None else zeros(form.r_tile)))
 
 
-def output_kernel(decay_ref, q_ref, k_ref, v_ref, state_ref, start_ref, left_ref, total_ref, weight_ref, o_ref, norm_ref, *, form: Form, finish: str | Norm):
+def output_kernel(decay_ref, q_ref, k_ref, v_ref, state_ref, start_ref, left_ref, total_ref, per_row_ref, o_ref, norm_ref, *, form: Form, finish: str | Norm):
     """One chunk of one query head: o [c, h] and n [c], of q, k [c, R], v [c, h], and the state [R, h] and total [R] before the chunk.
 
-    finish: "ratio", o / n and 1 / n in their place, of n held at weight [c] or above, if there is one; a Norm, o times its factor, of n and weight, and that factor.
+    finish: "ratio", o / n and 1 / n in their place, of n that is held at per_row [c] or above, if there is one; a Norm, o times its factor, and that factor, per_row
+    being its scale.
     """
     c, R = q_ref.shape
     fade, held = Decay.read(decay_ref, 0, c), Held(state_ref, start_ref, left_ref)
@@ -240,12 +241,12 @@ def output_kernel(decay_ref, q_ref, k_ref, v_ref, state_ref, start_ref, left_ref
         o, norm = o + form.dot(scores, v, 1, 0), None if norm is None else norm + jnp.sum(scores, axis=1)
     if norm is not None:
         if finish == "ratio":
-            norm = norm if weight_ref is None else jnp.maximum(norm, weight_ref[...])
+            norm = norm if per_row_ref is None else jnp.maximum(norm, per_row_ref[...])
             none = norm < jnp.finfo(norm.dtype).tiny
             norm = jnp.where(none, 0.0, 1 / jnp.where(none, 1.0, norm))
             o = by_row(norm, o)
         elif isinstance(finish, Norm):
-            norm = finish.factor(o, norm, weight_ref[...])
+            norm = finish.factor(o, norm, per_row_ref[...])
             o = by_row(norm, o)
         norm_ref[...] = norm
     o_ref[...] = o.astype(o_ref.dtype)

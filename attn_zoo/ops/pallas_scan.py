@@ -58,7 +58,7 @@ class Plan:
         return dataclasses.replace(self, segments=dividing if 2 * dividing >= wanted else wanted)
 
     def with_whole_rows(self, H: int) -> "Plan":
-        """The same where a program of the outputs has all of these values, and as many more warps as they are more."""
+        """The same where a program of the outputs has all of these values, and as many more warps as they are more, 8 at most."""
         tile = dict(self.tiles)["output"]
         more = max(tile.values, power_of_two(H)) // tile.values
         wide = dataclasses.replace(tile, values=more * tile.values, num_warps=min(8, more * tile.num_warps))
@@ -151,20 +151,20 @@ class Run:
         """L at the last position of each chunk, [B, K, C]."""
         return L.reshape(*L.shape[:2], self.C, self.plan.chunk)[..., -1]
 
-    def outputs(self, q, k, v, L, states: States, finish: str | Norm, weight=None):
+    def outputs(self, q, k, v, L, states: States, finish: str | Norm, per_row=None):
         """(o [B, T, N, H], as factors are, norm [B, N, T] or None, float32).
 
-        finish: "ratio", o / norm and 1 / norm, zeros where it would not be finite, of norm held at weight [B, K, T] or above, if there is one; a Norm, o times its
-        factor, of norm and weight [s, N, T], and that factor.
+        finish: "ratio", o / norm and 1 / norm, zeros where it would not be finite, of a norm that is held at per_row [B, K, T] or above, if there is one; a Norm, o
+        times its factor, and that factor, per_row [s, N, T] being its scale; else the two sums.
         """
         within = [(k, "btkR"), (v, "btkh")] if self.plan.causal else [(None, "")] * 2
         outputs = [(self.factor, "btnh"), (None if states.totals is None else jnp.float32, "ybnt")]
-        inputs = [(L, "bkt"), (q, "btnR"), *within, *self._held(states, "k", "Rh"), (weight, "pnt" if isinstance(finish, Norm) else "bkt")]
+        inputs = [(L, "bkt"), (q, "btnR"), *within, *self._held(states, "k", "Rh"), (per_row, "pnt" if isinstance(finish, Norm) else "bkt")]
         o, norm = self.call("output", output_kernel, inputs, outputs, self.N, "hi", finish=finish)
         return o, None if norm is None else norm[0]
 
     def unit_gradients(self, y, dy, norm: Norm):
-        """[B, T, N, H], of what `norm` has made, and its gradient: that of the sums over the factor of each row."""
+        """[B, T, N, H], of what `norm` has made, and its gradient: that of the sums over the factor of each row. In a plan with whole rows."""
         return self.call("output", unit_gradient_kernel, [(y, "btnH"), (dy, "btnH")], [(self.factor, "btnH")], self.N, "i", norm=norm)[0]
 
     def dv(self, q, k, do, scale, L, dstates: States | None):

@@ -62,12 +62,11 @@ def fades(*args, backend):
 
 
 def norms(*args, backend):
-    """Weights so that some rows are divided by the sum of their scores, and some are not."""
-    T, N = args[0].shape[1:3]
-    weight = jnp.exp(-3 * jax.random.uniform(jax.random.key(0), (T, N)))
+    """Of a scale by which some rows are divided by the sum of their scores, and some are not: it shows as epsilon is no trifle here."""
+    scale = jnp.exp(-3 * jax.random.uniform(jax.random.key(0), args[0].shape[1:3]))
     if backend == "pallas":  # normed_sums leaves the norm of float32 to XLA
-        return kernels.pallas_normed_sums(*args, weight, epsilon=decayed.EPSILON)
-    return normed_sums(*args, weight, backend=backend)
+        return kernels.pallas_normed_sums(*args, scale, epsilon=0.5)
+    return normed_sums(*args, scale, epsilon=0.5, backend=backend)
 
 
 def sums(q, k, v, log_decay, backend):
@@ -90,9 +89,9 @@ def maps(q, k, v, log_decay, backend):
 
 def holds(q, k, v, log_decay, backend, causal=True):
     """Some denominators are less than what they are held at, and some are not: by the number of keys, of weights that are near the number of features."""
-    T, R = q.shape[1], q.shape[3]
-    seen_T = jnp.arange(1, T + 1) if causal else jnp.full(T, T)
-    least = R * seen_T[:, None] * jax.random.uniform(jax.random.key(0), log_decay.shape, minval=0.5, maxval=2.5)
+    (B, T, _, R), (S, K) = q.shape, k.shape[1:3]
+    seen_T = jnp.minimum(jnp.arange(1, T + 1), S) if causal else jnp.full(T, S)
+    least = R * seen_T[:, None] * jax.random.uniform(jax.random.key(0), (B, T, K), minval=0.5, maxval=2.5)
     return linear_attention(elu(q), elu(k), v, causal=causal, backend=backend, least_BTK=least)
 
 
@@ -159,7 +158,7 @@ def test_a_query_that_sees_nothing_is_zero(interpreted):
 @pytest.mark.parametrize("H, dtype, fused", [(128, jnp.bfloat16, True), (130, jnp.bfloat16, False), (128, jnp.float32, False)])
 def test_rows_are_normalized_in_the_kernel_where_a_program_has_them(H, dtype, fused, interpreted):
     args = inputs(50, N=2, K=1, R=16, H=H, dtype=dtype)
-    run = lambda backend: functools.partial(normed_sums, scale_TN=jnp.ones((50, 2)), backend=backend)
+    run = lambda backend: functools.partial(normed_sums, scale_TN=jnp.linspace(1, 0.1, 100).reshape(50, 2), epsilon=0.5, backend=backend)
     assert ("unit_gradient_kernel" in str(jax.make_jaxpr(functools.partial(results, run("pallas")))(args))) == fused
     assert_close(*(results(run(backend), args) for backend in ("pallas", "xla")), 3e-6 if dtype == jnp.float32 else 2**-6)
 
@@ -185,11 +184,22 @@ def test_what_fades_at_once_overflows_nowhere(interpreted, monkeypatch):
     assert_close(actual, expected, 3e-5)
 
 
-@pytest.mark.parametrize("name", ["linear", "divided", "mapped", "all", "all-mapped"])
+@pytest.mark.parametrize("name", ["linear", "divided", "mapped", "held", "all", "all-mapped", "all-held"])
 @pytest.mark.parametrize("S", [30, 100])
 def test_fewer_or_more_keys_than_queries(S, name, interpreted):
     args = (abs(inputs(67)[0]), *inputs(S)[1:])
-    actual, expected = (jax.jit(functools.partial(SUMS[name], backend=backend))(*args) for backend in ("pallas", "xla"))
+    actual, expected = (results(functools.partial(SUMS[name], backend=backend), args) for backend in ("pallas", "xla"))
+    assert_close(actual, expected, 3e-6)
+
+
+def test_denominators_of_either_sign_are_held(interpreted):
+    """As estimates may be negative: nearly all are held there, at something tiny where nothing is seen."""
+    q, k, v, _ = inputs(70)
+    k = k.at[:, :20].set(0)
+    least = jnp.broadcast_to(jnp.where(jnp.arange(70) < 20, 1e-12, 30.0)[:, None], (2, 70, 2))
+    run = lambda backend: lambda q, k, v: linear_attention(q, k, v, causal=True, backend=backend, least_BTK=least)
+    actual, expected = (results(run(backend), (q, k, v)) for backend in ("pallas", "xla"))
+    assert not actual[0][:, :20].any()
     assert_close(actual, expected, 3e-6)
 
 
@@ -348,10 +358,10 @@ def lowered(f, *shapes):
         return jax.jit(f).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
 
 
-KERNELS = ("states_kernel", "output_kernel", "dv_kernel", "dqk_kernel", "wy_kernel", "dwy_kernel")
+KERNELS = ("states_kernel", "output_kernel", "dv_kernel", "dqk_kernel", "wy_kernel", "dwy_kernel", "unit_gradient_kernel")
 
 
-LOWERED = [(name, dtype, 64) for name in ("linear", "decayed", "normed") for dtype in kernels.DTYPES]
+LOWERED = [(name, dtype, 64) for name in ("linear", "decayed") for dtype in kernels.DTYPES] + [("normed", jnp.bfloat16, 64)]
 LOWERED += [("linear", dtype, 256) for dtype in kernels.DTYPES] + [("delta", jnp.bfloat16, R) for R in (64, 256)]
 LOWERED += [(name, dtype, 64) for name in ("mapped", "all-mapped") for dtype in kernels.DTYPES]
 
@@ -362,5 +372,5 @@ def test_lowers_for_cuda(name, dtype, R):
     shapes = [jax.ShapeDtypeStruct((2, 1024, *rest), dtype) for rest in ((4, R), (2, R), (2, 64))] + [jax.ShapeDtypeStruct((2, 1024, 2), jnp.float32)]
     loss = lambda *args: sum(x.sum() for x in jax.tree.leaves(SUMS[name](*args, backend="pallas")))
     text = lowered(jax.value_and_grad(loss, (0, 1, 2, 3)), *shapes)
-    assert [text.count(f'name = "{kernel}"') for kernel in KERNELS] == [2, 1, 1, 1, *([1, 1] if name == "delta" else [0, 0])]
+    assert [text.count(f'name = "{kernel}"') for kernel in KERNELS] == [2, 1, 1, 1, *([1, 1] if name == "delta" else [0, 0]), int(name == "normed")]
     assert "1024x1024" not in text, "a dense score matrix"
