@@ -91,8 +91,8 @@ def holds(q, k, v, log_decay, backend, causal=True):
     """Some denominators are less than what they are held at, and some are not: by the number of keys, of weights that are near the number of features."""
     (B, T, _, R), (S, K) = q.shape, k.shape[1:3]
     seen_T = jnp.minimum(jnp.arange(1, T + 1), S) if causal else jnp.full(T, S)
-    least = R * seen_T[:, None] * jax.random.uniform(jax.random.key(0), (B, T, K), minval=0.5, maxval=2.5)
-    return linear_attention(elu(q), elu(k), v, causal=causal, backend=backend, least_BTK=least)
+    least_TK = R * seen_T[:, None] * jax.random.uniform(jax.random.key(0), (T, K), minval=0.5, maxval=2.5)
+    return linear_attention(elu(q), elu(k), v, causal=causal, backend=backend, least_BTK=jnp.broadcast_to(least_TK, (B, T, K)))
 
 
 def sums_all(q, k, v, log_decay, backend):
