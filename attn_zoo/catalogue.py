@@ -5,6 +5,7 @@
 
 import dataclasses
 import inspect
+import sys
 from itertools import groupby
 from pathlib import Path
 
@@ -81,8 +82,9 @@ def zoo_page() -> str:
         for v in members:
             lines += ["", f"### {v.name}"]
             for paragraph in inspect.getmodule(v.options).__doc__.split("\n\n"):
-                lines += ["", _prose(paragraph)]
-            lines += ["", f"- Spec: `{_defaults(v)}`. {_prose(v.options.__doc__)}"]
+                for indented, part in groupby(paragraph.splitlines(), key=lambda line: line.startswith("    ")):
+                    lines += ["", *part] if indented else ["", _prose("\n".join(part))]
+            lines += ["", f"- Spec: `{_defaults(v)}`. {_prose(v.options.__doc__) if dataclasses.fields(v.options) else 'It has no options.'}"]
             lines += [f"- Cost: `{v.complexity}`; time grows as T^{v.time_order:g} and memory as T^{v.memory_order:g} at the defaults."]
             lines += [f"- Can do: {_able(v) or 'self-attention without a causal mask'}, padding." + "".join(f" It {_prose(r)}." for r in refusals(v))]
             if v.decode is True and v.causal is True:
@@ -160,4 +162,6 @@ def _estimate(cell: Cell, data_dir: str) -> tuple:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        sys.exit(f"{' '.join(sys.argv[1:])!r}: it takes no arguments, and renews docs/zoo.md and the README's table of the zoo")
     renew(Path(__file__).parents[1])

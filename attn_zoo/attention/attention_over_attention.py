@@ -22,7 +22,7 @@ from attn_zoo.ops.patterns import FULL
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """None."""
+    """It has no options."""
 
 
 def attention_over_attention(q_BTNH, k_BSKH, v_BSKH, valid_BS=None, valid_BT=None, part=backends.attention_and_logsumexp):
