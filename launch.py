@@ -1,6 +1,6 @@
 """Launches sweeps of the attention zoo.
 
-    python launch.py --config=experiments/seq_len.py --variants='full, local(window=128)' --seq_lens=512,1024 --seeds=0,1,2 --set train.steps=500
+    python launch.py --config=experiments/seq_len.py --workdir=results/longer --variants='full, local(window=128)' --seq_lens=512,1024 --seeds=0,1,2 --set train.steps=500
     python launch.py --config=experiments/causal_lm.py --dry_run
     python launch.py --list
     python launch.py --workdir=results/seq_len --report_only
@@ -43,7 +43,8 @@ PLOT_ATTENTION = flags.DEFINE_string(
 def load_experiment() -> Experiment:
     """The experiment that --config and the overriding flags describe."""
     if CONFIG.value is None:
-        available = ", ".join(sorted(str(p) for p in Path("experiments").glob("*.py"))) or "none here"
+        defines = lambda path: any(line.startswith("experiment = ") for line in path.read_text(encoding="utf-8").splitlines())
+        available = ", ".join(sorted(str(p) for p in Path("experiments").glob("*.py") if defines(p))) or "none here"
         raise UserError(f"--config is needed, a file that defines `experiment`; available: {available}")
     if not Path(CONFIG.value).is_file():
         raise UserError(f"--config={CONFIG.value}: there is no such file")

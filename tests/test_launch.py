@@ -1,6 +1,7 @@
 """The command line: a real sweep, stopped and resumed; exit statuses; and every mistake told in one line."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -221,6 +222,14 @@ def launch(*arguments):
     """A whole process, as a person starts it: (exit status, stdout, stderr)."""
     process = subprocess.run([sys.executable, str(ROOT / "launch.py"), *arguments], capture_output=True, text=True, env=ENV, timeout=20)
     return process.returncode, process.stdout, process.stderr
+
+
+def test_without_a_config_all_that_are_sweeps_are_named(call, monkeypatch):
+    """And none of the scripts beside them."""
+    monkeypatch.chdir(ROOT)
+    status, _, error = call()
+    named = set(re.findall(r"experiments/(\w+)\.py", error))
+    assert status == 2 and named == {path.stem for path in (ROOT / "experiments").glob("*.py")} - {"core_bench", "layer_types", "recall", "tune"}
 
 
 def test_help():
