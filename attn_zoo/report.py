@@ -27,8 +27,8 @@ FIGURES = {
     "memory": "Temporary memory of the compiled train step against length.",
     "decode": "Generated tokens per second at a context of T; bars are the 20th to 80th percentile of the steps; re-fed: the whole sequence for every token.",
     "state": "What generation keeps of a sequence of T tokens.",
-    "loss": "Loss on held-out data against length; bars are the 95 % interval over seeds, dashed lines the task's floors.",
-    "probes": "Scores on the further splits of the task; bars are the 95 % interval over seeds.",
+    "loss": "Loss on held-out data against length; bars, of several seeds, are the 95 % interval, dashed lines the task's floors.",
+    "probes": "Scores on the further splits of the task; bars, of several seeds, are the 95 % interval.",
     "loss_time": "Training loss against training time, compilation excluded; running mean over a tenth of the steps of the seeds' mean.",
 }
 

@@ -7,6 +7,7 @@ import html as _html
 import itertools
 import math
 import re
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from tabulate import LATEX_ESCAPE_RULES, SEPARATING_LINE, tabulate
@@ -69,7 +70,7 @@ def main_table(rows: list[Row], records: list[dict[str, Any]]) -> Table:
     elif any(row.decode_step_s for row in rows) and not any(row.step_s for row in rows):
         for column in of_steps:
             del columns[column]
-    note = "Loss" + (" and accuracy" if "accuracy, %" in columns else "") + " on held-out data: mean ± 95 % interval over seeds (Student's t). "
+    note = "Loss" + (" and accuracy" if "accuracy, %" in columns else "") + f" on held-out data: {_pooled(row.loss_interval for row in rows)}. "
     if not summary.trained(records):
         del columns[LOSS_TITLES[loss]]
         note = "Nothing was trained: costs alone. "
@@ -130,8 +131,13 @@ def probe_table(records: list[dict[str, Any]]) -> Table:
     body = [[*([number(T)] if len(lengths) > 1 else []), f"`{variant}`", *(score.get((T, variant, split), "–") for split in splits)] for T, variant in ran]
     headings = [*(["T"] if len(lengths) > 1 else []), "variant", *map(split_title, splits)]
     what = "Exact match, the share of examples without a mistake in any target" if exact else "Accuracy"
-    note = f"{what}, in % on each further split of the task: mean ± 95 % interval over seeds (Student's t)."
+    note = f"{what}, in % on each further split of the task: {_pooled(p.interval for p in found)}."
     return Table("attn-zoo-probes", "By split.", headings, body, {"variant"}, [note])
+
+
+def _pooled(intervals: Iterable[float | None]) -> str:
+    """What the scores of a table are, which have intervals over several seeds."""
+    return "mean ± 95 % interval over seeds (Student's t)" if any(x is not None for x in intervals) else "of one seed, so without an interval"
 
 
 def split_title(split: str) -> str:
@@ -148,7 +154,8 @@ def small_tables(rows: list[Row], records: list[dict[str, Any]]) -> list[str]:
     value = lambda r: with_interval(r.loss, r.loss_interval, summary.DECIMALS)
     title = LOSS_TITLES[loss][0].upper() + LOSS_TITLES[loss][1:]
     ran = [r for r in rows if r.status != "floor"]
-    scored = [_by_length(f"{title} on held-out data, ± 95 % interval over seeds", rows, value)] if summary.trained(records) else []
+    over_seeds = ", ± 95 % interval over seeds" if any(row.loss_interval is not None for row in rows) else ""
+    scored = [_by_length(f"{title} on held-out data{over_seeds}", rows, value)] if summary.trained(records) else []
     return [
         *scored,
         _by_length(f"Tokens per second of the train step (times faster than `{REFERENCE}`)", ran, speed),
