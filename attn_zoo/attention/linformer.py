@@ -16,6 +16,7 @@ from flax import nnx
 from attn_zoo.attention.base import Attention, Paper, Variant, softmax_reference
 from attn_zoo.attention.pattern import pair_flops
 from attn_zoo.ops import backends
+from attn_zoo.ops.chunks import pad
 from attn_zoo.ops.patterns import FULL
 from attn_zoo.spec import check, check_choice, check_int
 
@@ -119,7 +120,7 @@ def _windows(x_BS, n):
     """[B, S, ...] -> [B, ceil(S / n), n, ...], zeros (False) at the end."""
     B, S, *rest = x_BS.shape
     R = -(-S // n)
-    return jnp.pad(x_BS, [(0, 0), (0, R * n - S)] + [(0, 0)] * len(rest)).reshape(B, R, n, *rest)
+    return pad(x_BS, {1: R * n}).reshape(B, R, n, *rest)
 
 
 def _convolve(filters, x_BSKH):

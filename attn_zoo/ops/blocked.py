@@ -16,6 +16,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from attn_zoo.ops.block_mask import BlockMask, block_mask
+from attn_zoo.ops.chunks import pad, round_up
 from attn_zoo.ops.patterns import Pattern
 from attn_zoo.ops.rows import dot_rows
 
@@ -58,15 +59,14 @@ def blocked_attention(
     S, K = k_BSKH.shape[1:3]
     G = N // K
     scale = H**-0.5 if scale is None else scale
-    q_block, k_block = block_sizes(pattern, T, S) if block is None else (min(block, _ceil(T, 16)), min(block, _ceil(S, 16)))
+    q_block, k_block = block_sizes(pattern, T, S) if block is None else (min(block, round_up(T, 16)), min(block, round_up(S, 16)))
     mask = block_mask(pattern, T, S, q_block, k_block)
     head_bytes = G * q_block * k_block * 4
     heads = rows_per_step(K, head_bytes)
     rows = (rows_per_step(B, K * head_bytes) if heads == K else 1), heads
 
-    pad = lambda x, length: jnp.pad(x, ((0, 0), (0, length - x.shape[1])) + ((0, 0),) * (x.ndim - 2))
-    q, (k, v) = pad(q_BTNH, mask.num_q * q_block), (pad(x, mask.num_k * k_block) for x in (k_BSKH, v_BSKH))
-    valid = None if valid_BS is None else pad(valid_BS, mask.num_k * k_block)
+    q, (k, v) = pad(q_BTNH, {1: mask.num_q * q_block}), (pad(x, {1: mask.num_k * k_block}) for x in (k_BSKH, v_BSKH))
+    valid = None if valid_BS is None else pad(valid_BS, {1: mask.num_k * k_block})
     fn, params = (score_mod.fn, score_mod.params) if score_mod else (lambda scores, i, j, params: scores, ())
     params = jax.tree.map(lambda x: x.reshape(K, G, 1, 1, *x.shape[1:]), params)
     o_BTNH, lse_BTN = _differentiable(_Engine(pattern, mask, fn, scale, rows))(q, k, v, valid, params)
@@ -77,12 +77,12 @@ def block_sizes(pattern: Pattern, T: int, S: int) -> tuple[int, int]:
     """(query block, key block) for the XLA backend: large where the pattern is dense, near the window where it is a band."""
     size = 512
     if pattern.native_block is not None:
-        size = pattern.native_block if pattern.native_block >= 32 else _ceil(32, pattern.native_block)
+        size = pattern.native_block if pattern.native_block >= 32 else round_up(32, pattern.native_block)
         while size > 512 and size % 2 == 0:
             size //= 2
     elif pattern.width is not None and pattern.width < S:
         size = max(64, min(512, 2 ** round(math.log2(max(pattern.width, 1) / 8))))
-    return min(size, _ceil(T, 16)), min(size, _ceil(S, 16))
+    return min(size, round_up(T, 16)), min(size, round_up(S, 16))
 
 
 def rows_per_step(R: int, row_bytes: int) -> int:
@@ -280,7 +280,3 @@ def _add_at(x, update, start):
 def _add_rows(x, update, start):
     """x[start:start + n] += update."""
     return lax.dynamic_update_slice_in_dim(x, lax.dynamic_slice_in_dim(x, start, len(update)) + update, start, 0)
-
-
-def _ceil(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from attn_zoo.ops.chunks import chunked, joined
 from attn_zoo.ops.linear import SCANS, with_ones
 from attn_zoo.ops.pallas_linear import pallas_normed_sums, serves_normed
 from attn_zoo.ops.rows import dot_rows, scale_rows
@@ -72,12 +73,6 @@ def decayed_attention(
     K, H = v_BTKH.shape[2:]
     wide = jnp.promote_types(v_BTKH.dtype, jnp.float32)
     c = min(CHUNK, T)
-    chunks = -(-T // c)
-
-    def chunked(x):  # [B, T, ...] -> [chunks, B, c, ...]
-        x = jnp.pad(x.astype(wide), [(0, 0), (0, chunks * c - T)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(B, chunks, c, *x.shape[2:]), 1, 0)
-
     seen_TS = jnp.tril(jnp.ones((c, c), bool))
 
     @jax.checkpoint
@@ -95,5 +90,5 @@ def decayed_attention(
         return state_BKRH, o
 
     q_BTKGR = q_BTNR.reshape(B, T, K, N // K, R)
-    _, o = lax.scan(step, jnp.zeros((B, K, R, H), wide), tuple(map(chunked, (q_BTKGR, k_BTKR, v_BTKH, log_decay_BTK))))
-    return jnp.moveaxis(o, 0, 1).reshape(B, chunks * c, N, H)[:, :T]
+    _, o = lax.scan(step, jnp.zeros((B, K, R, H), wide), tuple(chunked(x.astype(wide), c) for x in (q_BTKGR, k_BTKR, v_BTKH, log_decay_BTK)))
+    return joined(o, T).reshape(B, T, N, H)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from attn_zoo.ops.chunks import chunked, joined
 from attn_zoo.ops.native_delta import native_delta_rule
 from attn_zoo.ops.pallas_linear import corrected_sums
 from attn_zoo.ops.pallas_wy import chunk_solutions
@@ -41,12 +42,6 @@ def delta_rule(
         w, u = chunk_solutions(k, v_BTKH, beta_BTK, chunk=c)
         return corrected_sums(q, k.astype(v_BTKH.dtype), w, u, chunk=c)  # which rounds k by itself, so that the sum of its two gradients is not rounded
     c = min(CHUNK, 1 << (T - 1).bit_length())
-    chunks = -(-T // c)
-
-    def chunked(x):  # [B, T, K, ...] -> [chunks, B, K, c, ...]
-        x = jnp.pad(x.astype(wide), [(0, 0), (0, chunks * c - T)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(B, chunks, c, *x.shape[2:]), (1, 3), (0, 2))
-
     seen_TS = jnp.tril(jnp.ones((c, c), bool))
     before_TS = jnp.tril(seen_TS, -1)
 
@@ -61,25 +56,18 @@ def delta_rule(
         return state_BKRH + jnp.einsum("BKSR,BKSH->BKRH", k, u_BKTH), o
 
     q_BTKGR = q_BTNR.reshape(B, T, K, N // K, R)
-    _, o = lax.scan(step, jnp.zeros((B, K, R, H), wide), tuple(map(chunked, (q_BTKGR, k_BTKR, v_BTKH, beta_BTK))))
-    return jnp.moveaxis(o, (0, 2), (1, 3)).reshape(B, chunks * c, N, H)[:, :T]
+    _, o = lax.scan(step, jnp.zeros((B, K, R, H), wide), tuple(chunked(x.astype(wide), c).swapaxes(2, 3) for x in (q_BTKGR, k_BTKR, v_BTKH, beta_BTK)))
+    return joined(o.swapaxes(2, 3), T).reshape(B, T, N, H)
 
 
 def wy_form(
     k_BTKR: Float[Array, "B T K R"], v_BTKH: Float[Array, "B T K H"], beta_BTK: Float[Array, "B T K"], c: int
 ) -> tuple[Float[Array, "B T K R"], Float[Array, "B T K H"]]:
     """(W, U) of the system above, for all chunks of c: with S the state before a chunk, its u are U - W S. The slow reference of ops.pallas_wy."""
-    B, T, K, R = k_BTKR.shape
-    chunks = -(-T // c)
-
-    def chunked(x):  # [B, T, K, ...] -> [B, chunks, K, c, ...]
-        x = jnp.pad(x, [(0, 0), (0, chunks * c - T)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(B, chunks, c, *x.shape[2:]), 3, 2)
-
-    k, kv, beta = chunked(k_BTKR), chunked(jnp.concatenate([k_BTKR, v_BTKH], axis=-1)), chunked(beta_BTK)[..., None]
-    overlap = jnp.tril(jnp.einsum("BCKTR,BCKSR->BCKTS", k, k, precision="highest"), -1) * beta
-    wu_BCTKX = jnp.einsum("BCKTS,BCKSX->BCTKX", unit_lower_inverse(overlap), beta * kv, precision="highest")
-    wu_BTKX = wu_BCTKX.reshape(B, chunks * c, K, -1)[:, :T]
+    T, R = k_BTKR.shape[1], k_BTKR.shape[3]
+    k, kv, beta = (chunked(x, c).swapaxes(2, 3) for x in (k_BTKR, jnp.concatenate([k_BTKR, v_BTKH], axis=-1), beta_BTK[..., None]))  # [chunks, B, K, c, ...]
+    overlap = jnp.tril(jnp.einsum("CBKTR,CBKSR->CBKTS", k, k, precision="highest"), -1) * beta
+    wu_BTKX = joined(jnp.einsum("CBKTS,CBKSX->CBTKX", unit_lower_inverse(overlap), beta * kv, precision="highest"), T)
     return wu_BTKX[..., :R], wu_BTKX[..., R:]
 
 

@@ -2,12 +2,14 @@
 
 import jax.numpy as jnp
 
+from attn_zoo.ops.chunks import pad
+
 
 def fold(x_BT, stride: int):
     """[B, T, ...] -> [B stride, ceil(T / stride), ...], padded with zeros (False) at the end."""
     B, T, *rest = x_BT.shape
     rows = -(-T // stride)
-    x = jnp.pad(x_BT, [(0, 0), (0, rows * stride - T)] + [(0, 0)] * len(rest)).reshape(B, rows, stride, *rest)
+    x = pad(x_BT, {1: rows * stride}).reshape(B, rows, stride, *rest)
     return x.swapaxes(1, 2).reshape(B * stride, rows, *rest)
 
 

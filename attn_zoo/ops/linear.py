@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from attn_zoo.ops.chunks import chunked, joined, pad
 from attn_zoo.ops.native_linear import native_sums
 from attn_zoo.ops.pallas_linear import pallas_kernel_attention, pallas_sums
-from attn_zoo.ops.pallas_scan import pad
 from attn_zoo.ops.rows import scale_rows
 
 CHUNK = 128  # positions per step of the causal scan
@@ -92,11 +92,6 @@ def linear_attention_by_chunks(
     c = min(FEATURES_CHUNK, max(T, S))
     valid_BS = jnp.ones((B, S), bool) if valid_BS is None else valid_BS
 
-    def chunked(x):  # [B, positions, ...] -> [chunks, B, c, ...], with zeros at the end, which for `valid_BS` are False
-        n = -(-x.shape[1] // c)
-        x = jnp.pad(x, [(0, 0), (0, n * c - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(B, n, c, *x.shape[2:]), 1, 0)
-
     @jax.checkpoint
     def add(state_BKRH, chunk):
         k, v, valid = chunk
@@ -110,10 +105,10 @@ def linear_attention_by_chunks(
         sums_BTNH = sums_BKGTH.reshape(B, N, c, -1).swapaxes(1, 2)
         return divided(sums_BTNH[..., :-1], sums_BTNH[..., -1])
 
-    keys = [chunked(x) for x in (k_BSKH, v_BSKH, valid_BS)]
+    keys = [chunked(x, c) for x in (k_BSKH, v_BSKH, valid_BS)]  # what is added at the end is not valid
     start = jax.eval_shape(lambda k, v: jnp.einsum("BKSR,BKSH->BKRH", phi_k(k.swapaxes(1, 2)), with_ones(v.swapaxes(1, 2))), keys[0][0], keys[1][0])
     state_BKRH, _ = lax.scan(add, jnp.zeros(start.shape, start.dtype), keys)
-    return jnp.moveaxis(lax.map(read, chunked(q_BTNH)), 0, 1).reshape(B, -1, N, v_BSKH.shape[3])[:, :T]
+    return joined(lax.map(read, chunked(q_BTNH, c)), T)
 
 
 def divided(o_BTNH: Float[Array, "B T N H"], norm_BTN: Float[Array, "B T N"]) -> Float[Array, "B T N H"]:
@@ -162,13 +157,6 @@ def _scan(q_BTKGR, k_BSKR, v_BSKH):
     B, T, K, G, R = q_BTKGR.shape
     H = v_BSKH.shape[-1]
     c = min(CHUNK, max(T, 1))
-    chunks = -(-T // c)
-
-    def chunked(x):  # [B, T or S, ...] -> [chunks, B, c, ...]; keys beyond the last query are never seen, missing ones are zeros, which add nothing
-        x = x[:, : chunks * c]
-        x = jnp.pad(x, [(0, 0), (0, chunks * c - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(B, chunks, c, *x.shape[2:]), 1, 0)
-
     seen_TS = jnp.tril(jnp.ones((c, c), bool))
 
     @jax.checkpoint
@@ -182,5 +170,5 @@ def _scan(q_BTKGR, k_BSKR, v_BSKH):
         return carry, (o, norm)
 
     start = (jnp.zeros((B, K, R, H), q_BTKGR.dtype), jnp.zeros((B, K, R), q_BTKGR.dtype))
-    _, sums = lax.scan(step, start, tuple(map(chunked, (q_BTKGR, k_BSKR, v_BSKH))))
-    return tuple(jnp.moveaxis(x, 0, 1).reshape(B, chunks * c, *x.shape[3:])[:, :T] for x in sums)
+    _, sums = lax.scan(step, start, tuple(chunked(x, c) for x in (q_BTKGR, _as_long(k_BSKR, T), _as_long(v_BSKH, T))))
+    return tuple(joined(x, T) for x in sums)

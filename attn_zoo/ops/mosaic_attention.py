@@ -19,8 +19,9 @@ from jaxtyping import Array, Bool, Float
 
 from attn_zoo.ops import pallas_attention
 from attn_zoo.ops.block_mask import BlockMask, block_mask
-from attn_zoo.ops.blocked import ScoreMod
-from attn_zoo.ops.pallas_kernels import LOG2E, NEG, tables_of
+from attn_zoo.ops.blocked import NEG, ScoreMod
+from attn_zoo.ops.chunks import pad
+from attn_zoo.ops.pallas_kernels import LOG2E, tables_of
 from attn_zoo.ops.patterns import Pattern
 from attn_zoo.ops.tuning import power_of_two
 from attn_zoo.spec import Unsupported
@@ -76,8 +77,7 @@ def _forward(pattern: Pattern, scale: float, q_BTNH, k_BSKH, v_BSKH):
     (B, T, N, H), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
     (bq, bk), wide, dtype = block_sizes(H), max(64, power_of_two(H)), q_BTNH.dtype
     mask = block_mask(pattern, T, S, bq, bk)
-    pad = lambda x, length: jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, wide - H)))
-    q, k, v = pad(q_BTNH, mask.num_q * bq), pad(k_BSKH, mask.num_k * bk), pad(v_BSKH, mask.num_k * bk)
+    q, k, v = (pad(x, {1: length, 3: wide}) for x, length in ((q_BTNH, mask.num_q * bq), (k_BSKH, mask.num_k * bk), (v_BSKH, mask.num_k * bk)))
     tiles = lambda *shape: mg.SMEM(shape, dtype, transforms=(mg.TilingTransform((8, 64)), mg.SwizzleTransform(128)))
     once, each = mg.Barrier(num_barriers=WARPGROUPS), mg.Barrier(num_barriers=STAGES)
     free = mg.Barrier(num_arrivals=WARPGROUPS, num_barriers=STAGES)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float
 from attn_zoo.ops import pallas_kernels
 from attn_zoo.ops.block_mask import BlockMask, block_mask
 from attn_zoo.ops.blocked import ScoreMod
+from attn_zoo.ops.chunks import pad
 from attn_zoo.ops.pallas_kernels import NEVER, Scoring, dkv_kernel, dq_kernel, forward_kernel, replace_tables, tables_of
 from attn_zoo.ops.patterns import FULL, Pattern, table_rows
 from attn_zoo.ops.tuning import KERNELS, LEAST, MOST_HEAD_DIM, Tile, power_of_two, tile
@@ -183,27 +184,22 @@ class Run:
         return (self._keys(k), head), (self._keys(v), head), (self._valid(valid), pl.BlockSpec((None, self.columns), lambda p, n, b: (b, 0)))
 
     def _queries(self, x):
-        return _pad(x, {1: self.rows, 3: self.wide})
+        return pad(x, {1: self.rows, 3: self.wide})
 
     def _keys(self, x):
-        return _pad(x, {1: self.columns, 3: self.wide})
+        return pad(x, {1: self.columns, 3: self.wide})
 
     def _valid(self, x):
-        return None if x is None else _pad(x, {1: self.columns})
+        return None if x is None else pad(x, {1: self.columns})
 
     def _of_rows(self, lse, delta):
-        return _pad(lse, {2: self.rows}, NEVER), _pad(delta, {2: self.rows})
+        return pad(lse, {2: self.rows}, NEVER), pad(delta, {2: self.rows})
 
     def _shape(self, length, heads, dtype):
         return jax.ShapeDtypeStruct((self.B, length, heads, self.wide), dtype)
 
     def _row_shape(self):
         return jax.ShapeDtypeStruct((self.B, self.N, self.rows), jnp.float32)
-
-
-def _pad(x, sizes: dict[int, int], value=0):
-    width = [(0, sizes.get(axis, size) - size) for axis, size in enumerate(x.shape)]
-    return jnp.pad(x, width, constant_values=value) if any(after for _, after in width) else x
 
 
 _SCORES = jax.ShapeDtypeStruct((LEAST, LEAST), jnp.float32)

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from attn_zoo.ops.blocked import NEG
 from attn_zoo.ops.patterns import BlockTable, Pattern, table_rows
 
 INTERPRET = False  # tests set it: all kernels for NVIDIA GPUs by Triton then run on any device, slowly
-NEG = -1e30  # a masked score: finite, so that differences of masked scores are not NaN
 NEVER = 1e30  # the logsumexp, in the backward pass, of a row that sees nothing: all its weights are zero
 LOG2E = math.log2(math.e)
 

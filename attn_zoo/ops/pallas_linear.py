@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from attn_zoo.ops.chunks import pad
 from attn_zoo.ops.pallas_linear_kernels import Norm
-from attn_zoo.ops.pallas_scan import Plan, Run, pad
+from attn_zoo.ops.pallas_scan import Plan, Run
 from attn_zoo.ops.tuning import fit, scan_chunk
 from attn_zoo.spec import Unsupported
 

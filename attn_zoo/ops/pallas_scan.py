@@ -229,9 +229,3 @@ class Run:
             interpret=form.interpret,
             name=kernel.__name__,
         )(*(x for x, _ in inputs))
-
-
-def pad(x, sizes: dict[int, int]):
-    """x with zeros at the end of these axes, up to these sizes."""
-    width = [(0, sizes.get(axis, size) - size) for axis, size in enumerate(x.shape)]
-    return jnp.pad(x, width) if any(after for _, after in width) else x

@@ -26,10 +26,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
+from attn_zoo.ops.chunks import pad
 from attn_zoo.ops.pallas_kernels import precision_of_float32, product
 from attn_zoo.ops.pallas_linear import serves
 from attn_zoo.ops.pallas_linear_kernels import Form, over_tiles, zeros
-from attn_zoo.ops.pallas_scan import Plan, Run, pad
+from attn_zoo.ops.pallas_scan import Plan, Run
 from attn_zoo.ops.tuning import LEAST
 from attn_zoo.spec import Unsupported
 

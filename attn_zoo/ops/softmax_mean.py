@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from attn_zoo.ops.chunks import chunked, joined
 from attn_zoo.ops.native_linear import native_sums
 
 CHUNK = 128  # positions per step of the running form
@@ -39,12 +40,6 @@ def _running(score_BSN, x_BSNR):
     """In chunks: what comes before one is carried along as its (maximum, sum of weights, weighted sum)."""
     B, S, N, R = x_BSNR.shape
     c = min(CHUNK, S)
-    chunks = -(-S // c)
-
-    def chunked(x, fill):
-        x = jnp.pad(x, [(0, 0), (0, chunks * c - S)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
-        return jnp.moveaxis(x.reshape(B, chunks, c, *x.shape[2:]), 1, 0)
-
     seen_TS1 = jnp.tril(jnp.ones((c, c), bool))[:, :, None]
 
     @jax.checkpoint
@@ -61,8 +56,8 @@ def _running(score_BSN, x_BSNR):
         return (top[:, -1], total[:, -1], sums[:, -1]), _divide(sums, total)
 
     start = jnp.full((B, N), -jnp.inf, score_BSN.dtype), jnp.zeros((B, N), score_BSN.dtype), jnp.zeros((B, N, R), x_BSNR.dtype)
-    _, results = lax.scan(step, start, (chunked(score_BSN, -jnp.inf), chunked(x_BSNR, 0)))
-    mean, seen = (jnp.moveaxis(x, 0, 1).reshape(B, chunks * c, *x.shape[3:])[:, :S] for x in results)
+    _, results = lax.scan(step, start, (chunked(score_BSN, c, -jnp.inf), chunked(x_BSNR, c)))
+    mean, seen = (joined(x, S) for x in results)
     return mean, seen
 
 

@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float
 from attn_zoo.ops import blocked
 from attn_zoo.ops.block_mask import block_mask
 from attn_zoo.ops.blocked import ScoreMod
+from attn_zoo.ops.chunks import pad, round_up
 from attn_zoo.ops.pallas_attention import mask_obstacle
 from attn_zoo.ops.pallas_kernels import tables_of
 from attn_zoo.ops.patterns import Pattern
@@ -81,8 +82,8 @@ def splash_attention(
         return jnp.zeros_like(q_BTNH), jnp.full((B, T, N), -jnp.inf)
     rows, columns = mask.shape
     scaled_BTNH = q_BTNH.astype(jnp.float32) * (H**-0.5 if scale is None else scale)
-    q, k, v = (_pad(x.astype(dtype), length).swapaxes(1, 2) for x, length in ((scaled_BTNH, rows), (k_BSKH, columns), (v_BSKH, columns)))
-    segments = None if valid_BS is None else SegmentIds(jnp.ones(rows, jnp.int32), _pad(valid_BS.astype(jnp.int32), columns))
+    q, k, v = (pad(x.astype(dtype), {1: length}).swapaxes(1, 2) for x, length in ((scaled_BTNH, rows), (k_BSKH, columns), (v_BSKH, columns)))
+    segments = None if valid_BS is None else SegmentIds(jnp.ones(rows, jnp.int32), pad(valid_BS.astype(jnp.int32), {1: columns}))
     o_BNTH, lse_BNT = jax.vmap(_attend(mask), (0, 0, 0, None if segments is None else SegmentIds(None, 0)))(q, k, v, segments)
     lse_BTN = lse_BNT[:, :, :T].swapaxes(1, 2)
     return o_BNTH[:, :, :T].swapaxes(1, 2).astype(q_BTNH.dtype), jnp.where(lse_BTN > SINK, lse_BTN, -jnp.inf)
@@ -92,7 +93,7 @@ def block_sizes(pattern: Pattern, T: int, S: int) -> tuple[int, int]:
     """(query block, key block) of all three kernels: those of the XLA engine in whole lanes, larger where the list of blocks would not fit a TPU's scalar
     memory. They have not been timed on a TPU.
     """
-    q_block, k_block = (_ceil(size, LANES) for size in blocked.block_sizes(pattern, T, S))
+    q_block, k_block = (round_up(size, LANES) for size in blocked.block_sizes(pattern, T, S))
     while mask_of(pattern, T, S, q_block, k_block).scalar_bytes > SCALAR_BYTES:
         q_block, k_block = 2 * q_block, 2 * k_block
     return q_block, k_block
@@ -118,7 +119,7 @@ class PatternMask(Mask):
 
     @property
     def shape(self):
-        return _ceil(self.T, self.q_block), _ceil(self.S, self.k_block)
+        return round_up(self.T, self.q_block), round_up(self.S, self.k_block)
 
     def __getitem__(self, index):
         """The elements of one block, or one element, or two that differ, that stand for all of it: what splash looks at is whether any and all are seen."""
@@ -224,12 +225,3 @@ def backward_is_known() -> bool:
     both |= {"q_layout", "k_layout", "v_layout", "mask_function", "interpret"}
     takes = {"_splash_attention_bwd_dq": both, "_splash_attention_bwd_dkv": both | {"bkv_compute", "use_fused_bwd_kernel"}}
     return all(hasattr(kernels, name) and set(inspect.signature(getattr(kernels, name)).parameters) == known for name, known in takes.items())
-
-
-def _pad(x, length: int):
-    """Zeros after what stands along axis 1."""
-    return jnp.pad(x, [(0, length - n if axis == 1 else 0) for axis, n in enumerate(x.shape)])
-
-
-def _ceil(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
