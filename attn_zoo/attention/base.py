@@ -128,6 +128,7 @@ class Attention(nnx.Module):
     pools_queries = False  # True: an output depends on other queries too; invalid ones arrive as zeros, and `attend` takes valid_BT
     has_parts = False  # True: softmax attention is computed by `part` alone, and every backend that gives a logsumexp serves
     wide_parts = False  # True: it gives `part` float32, whatever its own dtype
+    flops_without_key = True  # False: without a random key it computes something else than its FLOPs count
     anywhere = False  # True: without a causal mask, permuted queries give permuted outputs, so that a decoder may ask one at a time
 
     def __init__(self, options: Any, dims: Dims):
@@ -275,9 +276,18 @@ class Attention(nnx.Module):
             raise UserError(f"attention.backend={self.dims.backend!r} does not serve {self.variant.name}; use auto or xla")
         return "xla"
 
+    def beside(self, backend: str) -> str:
+        """The backend of what is computed beside `backend`'s scores or sums (features, lists of keys, an inverse); the same where that does this too."""
+        return backend
+
+    def engines(self, masked: bool = False) -> str:
+        """All that run, for the record: `backend`, and after a plus what runs beside it."""
+        backend = self.backend(masked)
+        return " + ".join(dict.fromkeys((backend, self.beside(backend))))
+
     def plan(self, T: int, S: int, masked: bool = False) -> dict[str, Any]:
-        """What will run at these sizes, for the record: {'backend': ..., and e.g. block sizes and densities}."""
-        return {"backend": self.backend(masked)}
+        """What will run at these sizes, for the record: {'backend': all that run, and e.g. block sizes and densities}."""
+        return {"backend": self.engines(masked)}
 
     def flops(self, B: int, T: int, S: int) -> float:
         """Forward FLOPs over useful pairs, as the layer stands now."""

@@ -16,6 +16,7 @@ from attn_zoo.attention.base import Variant, softmax_reference
 from attn_zoo.attention.block import BLOCK
 from attn_zoo.attention.global_window import pattern
 from attn_zoo.attention.pattern import MergedAttention, dense_mask, pair_flops, parts_plan
+from attn_zoo.ops import backends
 from attn_zoo.ops.block_mask import count_pairs
 from attn_zoo.ops.draws import draw_distinct
 from attn_zoo.ops.gathered import gathered_attention, listed_mask
@@ -68,7 +69,7 @@ class BigBird(MergedAttention):
         index, seen = draw(self.options, q_BTNH.shape[1], k_BSKH.shape[1], self.dims.causal)
         if not seen.any():
             return blocks[0]
-        backend = "native" if self.backend(valid_BS is not None) == "native" else "xla"  # others know no lists
+        backend = self.beside(self.backend(valid_BS is not None))
         return merge(blocks, gathered_attention(q_BTNH, k_BSKH, v_BSKH, jnp.asarray(index), jnp.asarray(seen), valid_BS=valid_BS, backend=backend))[0]
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
@@ -88,6 +89,10 @@ class BigBird(MergedAttention):
         in_window = window >= 0
         all_seen = jnp.concatenate([in_window, first < t - self.options.window, seen])  # a global key in the window is there already
         return attend_listed(q_B1NH, cache, jnp.concatenate([jnp.maximum(window, 0), first, index]), all_seen)[0], cache | {"t": t + 1}
+
+    def beside(self, backend):
+        """Of the lists of random keys."""
+        return backends.native_or_xla(backend) if self.options.random else backend
 
     def plan(self, T, S, masked=False):
         index, seen = draw(self.options, T, S, self.dims.causal)

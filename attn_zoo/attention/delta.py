@@ -81,11 +81,16 @@ class Delta(Attention):
         float32; on backend "pallas", where a kernel makes them, bfloat16 of bfloat16, as its products want them.
         """
         is_dpfp, nu = self.options.feature_map == "dpfp", self.options.nu
-        if backend == "pallas" and nu == 1 and serves(x.dtype, x.shape[-1], is_dpfp):
+        if self.beside(backend) == "pallas":
             return normalized_features(x, dpfp=is_dpfp)
         phi = dpfp(x, nu) if is_dpfp else elu(x.astype(jnp.float32))
         total = phi.sum(axis=-1, keepdims=True)
         return phi / jnp.where(total == 0, 1, total)
+
+    def beside(self, backend):
+        """Of the features."""
+        served = self.options.nu == 1 and serves(self.dims.dtype, self.dims.head_dim, self.options.feature_map == "dpfp")
+        return "xla" if backend == "pallas" and not served else backend
 
     def backend(self, masked=False):
         return backends.choose_scan(self.dims.backend, self.dims.dtype, corrected=feature_count(self.options, self.dims.head_dim))
@@ -132,7 +137,7 @@ DELTA = Variant(
         2021,
         "Proceedings of the 38th International Conference on Machine Learning",
     ),
-    complexity="T R H",
+    complexity="T R",
     flops=flops,
     time_order=1.0,
     memory_order=1.0,

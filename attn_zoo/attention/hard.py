@@ -24,6 +24,7 @@ from jax import lax
 from attn_zoo.attention.base import Bound, Loss, Paper, ScoreFunction, Statistic, Variant, repeat_kv
 from attn_zoo.attention.full import pattern
 from attn_zoo.attention.pattern import SlotDecoding, dense_mask
+from attn_zoo.ops import backends
 from attn_zoo.ops.block_mask import count_pairs
 from attn_zoo.ops.blocked import NEG, TILE_BYTES, ScoreMod, blocked_attention
 from attn_zoo.ops.native_gathered import native_best_keys
@@ -130,6 +131,7 @@ class Hard(SlotDecoding):
 
     pools_queries = True  # not an output, but the log-probability that is left: what stands in padding must not enter it
     rowwise = True
+    flops_without_key = False  # a choice by scores, whose gradients are those of values alone
     anywhere = True
     wide_parts = True
 
@@ -198,6 +200,13 @@ class Hard(SlotDecoding):
             index_BNT1, seen_BNT1 = native_best_keys(q_BTNH, k_BSKH, valid_BS, 1, self.dims.causal)
             return jnp.where(seen_BNT1, index_BNT1, -1)[..., 0]
         return largest(q_BTNH, k_BSKH, seeds_BN2, causal=self.dims.causal, valid_BS=valid_BS, scale=self.dims.head_dim**-0.5)
+
+    def beside(self, backend):
+        """Of the choice by scores and noise; without a random key that is the native kernels' on a CPU."""
+        return "xla"
+
+    def plan(self, T, S, masked=False):
+        return super().plan(T, S, masked) | {"without_key": backends.native_or_xla(self.backend(masked))}
 
     def takes_average(self, key, B):
         """Which examples take the softmax average, [B]."""

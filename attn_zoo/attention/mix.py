@@ -141,8 +141,11 @@ class Mix(Attention):
     def backend(self, masked=False):
         return " + ".join(dict.fromkeys(part.backend(masked) for part in self.parts))
 
+    def engines(self, masked=False):
+        return " + ".join(dict.fromkeys(name for part in self.parts for name in part.engines(masked).split(" + ")))
+
     def plan(self, T, S, masked=False):
-        return {"backend": self.backend(masked), "parts": [{"part": str(p)} | part.plan(T, S, masked) for p, part in zip(self.options.parts, self.parts)]}
+        return {"backend": self.engines(masked), "parts": [{"part": str(p)} | part.plan(T, S, masked) for p, part in zip(self.options.parts, self.parts)]}
 
 
 def flops(options: Options, B: int, T: int, S: int, N: int, H: int, causal: bool) -> float:

@@ -138,7 +138,7 @@ class Nystrom(Attention):
             self.taps = nnx.Param(jax.random.uniform(rngs.params(), (dims.num_heads, W), minval=-(W**-0.5), maxval=W**-0.5))
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key, valid_BT=None):
-        backend = "native" if self.backend(valid_BS is not None) == "native" else "xla"  # of what is not a part
+        backend = self.beside(self.backend(valid_BS is not None))
         if max(q_BTNH.shape[1], k_BSKH.shape[1]) <= self.options.landmarks:
             o_BTNH, _ = self.part(q_BTNH, k_BSKH, v_BSKH, pattern=FULL, valid_BS=valid_BS)
         else:
@@ -160,6 +160,10 @@ class Nystrom(Attention):
         tap_TS = np.arange(T)[None, :] - np.arange(T)[:, None] + W // 2
         weights_NTS = jnp.where((tap_TS >= 0) & (tap_TS < W), self.taps[...][:, np.clip(tap_TS, 0, W - 1)], 0.0)
         return o_BTNH + jnp.einsum("NTS,BSNH->BTNH", weights_NTS, repeat_kv(v_BSKH, self.dims.num_heads), precision="highest")
+
+    def beside(self, backend):
+        """Of the pseudo-inverse and the convolution."""
+        return backends.native_or_xla(backend)
 
     def _check_residual(self, q_BTNH, v_BSKH):
         T, S = q_BTNH.shape[1], v_BSKH.shape[1]

@@ -106,7 +106,7 @@ def parts_plan(layer: Attention, T: int, S: int, masked: bool, *, pairs: float |
     """
     backend, d = layer.backend(masked), layer.dims
     pairs = layer.flops(1, T, S) / pair_flops(1, 1, d.num_heads, d.head_dim) if pairs is None else pairs
-    plan, asked = {"backend": backend, "density": pairs / (T * S)}, layer.asked_parts(T, S)
+    plan, asked = {"backend": layer.engines(masked), "density": pairs / (T * S)}, layer.asked_parts(T, S)
     sizes = [backends.blocks(backend, pattern, q[1], k[1], d.dtype, d.head_dim) for pattern, q, k in asked]
     if None in sizes:
         return plan

@@ -19,7 +19,7 @@ from attn_zoo.attention.base import Bound, Drawn, Paper, Variant
 from attn_zoo.attention.linear import KernelDecoding, kernel_reference, state_flops
 from attn_zoo.ops.linear import divided, linear_attention, linear_attention_by_chunks
 from attn_zoo.ops.native_linear import native_random_feature_sums
-from attn_zoo.ops.pallas_features import MOST, positive_features
+from attn_zoo.ops.pallas_features import features_backend, positive_features
 from attn_zoo.ops.rows import dot_rows
 from attn_zoo.spec import check, check_int
 
@@ -78,10 +78,14 @@ class Performer(KernelDecoding):
 
     def features(self, q_BTNH, k_BSKH, valid_BS, w_RH, backend="xla"):
         """(phi(q), phi(k)), float32, zeros for invalid keys. On backend "pallas" bfloat16 of bfloat16, as its products want them."""
-        if backend == "pallas" and q_BTNH.shape[-1] <= MOST:
+        if self.beside(backend) == "pallas":
             return positive_features(q_BTNH, w_RH), positive_features(k_BSKH, w_RH, valid_BS, largest=LARGEST)
         phi_q, phi_k = query_features(q_BTNH, w_RH), key_features(k_BSKH, w_RH)
         return phi_q, phi_k if valid_BS is None else jnp.where(valid_BS[:, :, None, None], phi_k, 0)
+
+    def beside(self, backend):
+        """Of the features."""
+        return features_backend(backend, self.dims.head_dim)
 
     def directions_for(self, key):
         """Those of this call, [R, H]."""
@@ -132,7 +136,7 @@ PERFORMER = Variant(
         2021,
         "International Conference on Learning Representations",
     ),
-    complexity="T R H",
+    complexity="T R",
     flops=flops,
     time_order=1.0,
     memory_order=1.0,

@@ -24,7 +24,7 @@ from attn_zoo.ops import backends
 from attn_zoo.ops.angles import sine_and_cosine
 from attn_zoo.ops.decayed import decayed_sums
 from attn_zoo.ops.linear import init_state, linear_attention, state_step, with_ones
-from attn_zoo.ops.pallas_features import MOST, sine_features
+from attn_zoo.ops.pallas_features import features_backend, sine_features
 from attn_zoo.ops.rows import dot_rows, scale_rows
 from attn_zoo.spec import Unsupported, check, check_int
 
@@ -122,11 +122,15 @@ class RandomFeatureAttention(Attention):
             w_KRH = jax.random.normal(key, w_KRH.shape)
             self.leave("directions", w_KRH)
         w_KRH = w_KRH * self.sigma[...][:, None]
-        if backend == "pallas" and q_BTNH.shape[-1] <= MOST:
+        if self.beside(backend) == "pallas":
             # What a gate still multiplies is rounded after that alone: twice would show where an estimated denominator is near zero.
             return sine_features(q_BTNH, w_KRH), sine_features(k_BSKH, w_KRH, valid_BS, wide=self.options.gate)
         phi_q, phi_k = (random_features(x, jnp.repeat(w_KRH, x.shape[2] // len(w_KRH), axis=0)) for x in (q_BTNH, k_BSKH))
         return phi_q, phi_k if valid_BS is None else jnp.where(valid_BS[:, :, None, None], phi_k, 0)
+
+    def beside(self, backend):
+        """Of the features."""
+        return features_backend(backend, self.dims.head_dim)
 
     def gates(self, k_BSKH, valid_BSK):
         """(log g, 1 - g), [B, S, K], float32; an invalid position keeps everything and writes nothing."""
@@ -182,7 +186,7 @@ RFA = Variant(
         2021,
         "International Conference on Learning Representations",
     ),
-    complexity="T R H",
+    complexity="T R",
     flops=flops,
     time_order=1.0,
     memory_order=1.0,

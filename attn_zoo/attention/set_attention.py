@@ -43,7 +43,8 @@ class Set(Attention):
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         first, second = self.backends(valid_BS is not None)
-        h_BRKH = backends.attention(self.queries(k_BSKH), k_BSKH, v_BSKH, pattern=FULL, valid_BS=valid_BS, backend=first)
+        how = dict(padding=self.dims.padding, backend=first)
+        h_BRKH = backends.attention(self.queries(k_BSKH), k_BSKH, v_BSKH, pattern=FULL, valid_BS=valid_BS, **how)
         return backends.attention(q_BTNH, *self.project(h_BRKH), pattern=FULL, backend=second)
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
@@ -62,7 +63,7 @@ class Set(Attention):
 
     def backends(self, masked):
         """Of the two steps; the points that the second reads are all valid."""
-        return [backends.choose(self.dims.backend, FULL, self.dims.dtype, self.dims.head_dim, masked=m) for m in (masked, False)]
+        return [backends.choose(self.dims.backend, FULL, self.dims.dtype, self.dims.head_dim, masked=m) for m in (masked and self.dims.padding, False)]
 
     def backend(self, masked=False):
         return " + ".join(dict.fromkeys(self.backends(masked)))

@@ -19,6 +19,7 @@ from flax import nnx
 
 from attn_zoo.attention.base import Paper, Variant, repeat_kv
 from attn_zoo.attention.pattern import SlotDecoding, pair_flops, pattern_plan
+from attn_zoo.ops import backends
 from attn_zoo.ops.merge import merge
 from attn_zoo.ops.patterns import FULL, Band, Pattern
 from attn_zoo.ops.softmax_mean import softmax_mean
@@ -64,7 +65,7 @@ class Star(SlotDecoding):
         score_BSN = self.scale * jnp.einsum("NH,BSNH->BSN", self.relay_query[...], k_BSNH, precision="highest")
         if valid_BS is not None:
             score_BSN = jnp.where(valid_BS[:, :, None], score_BSN, -jnp.inf)
-        backend = "native" if self.backend(valid_BS is not None) == "native" else "xla"
+        backend = self.beside(self.backend(valid_BS is not None))
         relay_BTNR, seen_BTN = softmax_mean(score_BSN, jnp.concatenate([k_BSNH, v_BSNH], axis=-1), causal=self.dims.causal, backend=backend)
         return self.with_relay(q_BTNH, ring, jnp.broadcast_to(relay_BTNR, (*q_BTNH.shape[:3], relay_BTNR.shape[-1])), seen_BTN)
 
@@ -128,9 +129,14 @@ class Star(SlotDecoding):
         """Keys and values a query head, since a relay is one a query head."""
         return repeat_kv(k_BSKH, self.dims.num_heads), repeat_kv(v_BSKH, self.dims.num_heads)
 
+    def beside(self, backend):
+        """Of the relay's mean."""
+        return backends.native_or_xla(backend) if self.options.relay else backend
+
     def plan(self, T, S, masked=False):
         pattern, wrap = ring_pattern(self.options.ring, T, self.dims.causal)
-        return pattern_plan(self.backend(masked), pattern, T, S + 2 * wrap, self.dims) | {"density": pairs(self.options, T, self.dims.causal) / (T * S)}
+        seen = {"backend": self.engines(masked), "density": pairs(self.options, T, self.dims.causal) / (T * S)}
+        return pattern_plan(self.backend(masked), pattern, T, S + 2 * wrap, self.dims) | seen
 
 
 def _softmax(scores):

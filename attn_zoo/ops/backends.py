@@ -1,11 +1,13 @@
 """The backends of softmax attention over a pattern, behind one signature, and the choice among them; the choice for linearized attention too."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
-from attn_zoo.ops import mosaic_attention, native, native_attention, pallas_attention, pallas_kernels, pallas_linear, splash
+from attn_zoo.ops import mosaic_attention, native, native_attention, pallas_attention, pallas_kernels, pallas_linear
 from attn_zoo.ops.blocked import ScoreMod, block_sizes, blocked_attention
 from attn_zoo.ops.patterns import Band, Pattern
 from attn_zoo.ops.tuning import tile
@@ -86,8 +88,19 @@ def _mosaic_serves(pattern: Pattern, dtype, head_dim: int, masked: bool | str, m
     return obstacle or mosaic_attention.serves(pattern, dtype, head_dim, masked, modified)
 
 
+def _splash():
+    """ops.splash, imported when it is asked for: what that takes from JAX is experimental, and where it has moved, the other backends still run."""
+    from attn_zoo.ops import splash
+
+    return splash
+
+
 def _splash_serves(dtype, head_dim: int, modified: bool) -> bool | str:
     """Whether splash attention computes this on this machine; else the reason why not."""
+    try:
+        splash = _splash()
+    except ImportError as e:
+        return f"jax {jax.__version__} has it elsewhere: {e}"
     if not splash.INTERPRET and jax.default_backend() != "tpu":
         return f"its kernels are for TPUs, and this runs on {jax.default_backend()}"
     return splash.serves(dtype, head_dim, modified)
@@ -128,7 +141,7 @@ RUN: dict[str, Callable] = {
     "cudnn": _cudnn,
     "pallas": pallas_attention.pallas_attention,
     "mosaic": mosaic_attention.mosaic_attention,
-    "splash": splash.splash_attention,
+    "splash": lambda *args, **options: _splash().splash_attention(*args, **options),
 }
 BACKENDS = ("auto", *RUN)
 AUTO = {"cpu": ("native",), "gpu": ("cudnn", "pallas"), "tpu": ("splash",)}  # what is tried before XLA, by platform
@@ -163,49 +176,59 @@ def choose_scan(backend: str, dtype, *, corrected: int = 0) -> str:
 
     corrected: the features of a delta rule, 0 for the rest. See ops.pallas_linear.
     """
-    serve = {name: lambda: "it knows softmax attention only" for name in ("cudnn", "mosaic", "splash")} | {
+    serve = {
         "native": lambda: _cpu_obstacle() or native.serves(dtype),
         "pallas": lambda: _device_obstacle(pallas_kernels.INTERPRET) or pallas_linear.serves(dtype, corrected),
     }
-    return _choose(backend, serve)
+    return _choose(backend, serve, "it knows softmax attention only")
 
 
 def choose_tiles(backend: str, dtype, head_dim: int) -> str:
     """The backend that runs attention inside tiles that a variant has brought together (ops.tiled): the native kernels on a CPU, else XLA. Errors as `choose`."""
-    serve = {name: lambda: "it does not know tiles whose pairs follow from the data" for name in ("cudnn", "pallas", "mosaic", "splash")}
-    return _choose(backend, serve | {"native": lambda: _native_serves(dtype, head_dim, False)})
+    return _choose(backend, {"native": lambda: _native_serves(dtype, head_dim, False)}, "it does not know tiles whose pairs follow from the data")
 
 
 def choose_lists(backend: str, dtype) -> str:
     """The backend that runs attention of queries over their own lists of keys (ops.gathered): the native kernels on a CPU, else XLA. Errors as `choose`."""
-    return _native_or_xla(backend, dtype, "it knows blocks of pairs, not lists of keys")
+    return _choose(backend, {"native": lambda: _cpu_obstacle() or native.serves(dtype)}, "it knows blocks of pairs, not lists of keys")
 
 
 def choose_additive(backend: str, dtype) -> str:
     """The backend that runs attention whose scores are those of a network (ops.additive): the native kernels on a CPU, else XLA. Errors as `choose`."""
-    return _native_or_xla(backend, dtype, "its scores are products of queries and keys")
+    return _choose(backend, {"native": lambda: _cpu_obstacle() or native.serves(dtype)}, "its scores are products of queries and keys")
 
 
-def _native_or_xla(backend: str, dtype, others: str) -> str:
-    """`others`: why no other backend serves."""
-    serve = {name: lambda: others for name in ("cudnn", "pallas", "mosaic", "splash")}
-    return _choose(backend, serve | {"native": lambda: _cpu_obstacle() or native.serves(dtype)})
+def native_or_xla(backend: str) -> str:
+    """Of a layer on `backend`, the backend of what only native kernels and XLA compute."""
+    return "native" if backend == "native" else "xla"
 
 
-def _choose(backend: str, serve: dict[str, Callable[[], bool | str]]) -> str:
-    """`backend`, or for 'auto' the first of this platform's that serves: each says True, or the reason why not."""
+def _choose(backend: str, serve: dict[str, Callable[[], bool | str]], others: str = "") -> str:
+    """`backend`, or for 'auto' the first of this platform's that serves: those of `serve` say True, or the reason why not, which `others` is for the rest."""
     check_backend(backend)
+    answer = lambda name: serve[name]() if name in serve else others
     if backend == "xla":
         return "xla"
     if backend == "auto":
-        return next((name for name in AUTO.get(jax.default_backend(), ()) if serve[name]() is True), "xla")
-    reason = serve[backend]()
+        return next((name for name in AUTO.get(jax.default_backend(), ()) if answer(name) is True), "xla")
+    reason = answer(backend)
     if reason is not True:
         raise UserError(f"attention.backend={backend!r} cannot serve here: {reason}; use auto or xla")
     return backend
 
 
-def attention(q_BTNH, k_BSKH, v_BSKH, *, pattern: Pattern, valid_BS=None, padding: str = "any", score_mod=None, scale=None, backend: str = "auto"):
+def attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    *,
+    pattern: Pattern,
+    valid_BS: Bool[Array, "B S"] | None = None,
+    padding: str = "any",
+    score_mod: ScoreMod | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Float[Array, "B T N H"]:
     """Softmax attention over the pairs of `pattern`, [B, T, N, H], on the backend that `choose` names. See ops.blocked.
 
     padding='end' promises that in every row of `valid_BS` the valid keys come first, so that their number says all.
@@ -213,7 +236,17 @@ def attention(q_BTNH, k_BSKH, v_BSKH, *, pattern: Pattern, valid_BS=None, paddin
     return _run(backend, False, padding, q_BTNH, k_BSKH, v_BSKH, pattern=pattern, valid_BS=valid_BS, score_mod=score_mod, scale=scale)[0]
 
 
-def attention_and_logsumexp(q_BTNH, k_BSKH, v_BSKH, *, pattern: Pattern, valid_BS=None, score_mod=None, scale=None, backend: str = "auto"):
+def attention_and_logsumexp(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    *,
+    pattern: Pattern,
+    valid_BS: Bool[Array, "B S"] | None = None,
+    score_mod: ScoreMod | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """(output, float32 logsumexp [B, T, N]), both differentiable: a part of attention, to be merged with others. See ops.blocked."""
     return _run(backend, True, "any", q_BTNH, k_BSKH, v_BSKH, pattern=pattern, valid_BS=valid_BS, score_mod=score_mod, scale=scale)
 
@@ -226,15 +259,12 @@ def _run(backend, logsumexp, padding, q_BTNH, k_BSKH, v_BSKH, **arguments):
 
 def blocks(backend: str, pattern: Pattern, T: int, S: int, dtype, head_dim: int) -> tuple[int, int] | None:
     """(query block, key block) that the backend's forward pass takes; None for cuDNN, which does not say."""
-    if backend == "cudnn":
-        return None
-    if backend == "xla":
-        return block_sizes(pattern, T, S)
-    if backend == "native":
-        return native_attention.BLOCK, native_attention.BLOCK
-    if backend == "splash":
-        return splash.block_sizes(pattern, T, S)
-    if backend == "mosaic":
-        return mosaic_attention.block_sizes(head_dim)
-    forward = tile("forward", pattern, T, S, dtype, head_dim)
-    return forward.q_block, forward.k_block
+    known = {
+        "xla": lambda: block_sizes(pattern, T, S),
+        "native": lambda: (native_attention.BLOCK, native_attention.BLOCK),
+        "cudnn": lambda: None,
+        "pallas": lambda: dataclasses.astuple(tile("forward", pattern, T, S, dtype, head_dim))[:2],
+        "mosaic": lambda: mosaic_attention.block_sizes(head_dim),
+        "splash": lambda: _splash().block_sizes(pattern, T, S),
+    }
+    return known[backend]()

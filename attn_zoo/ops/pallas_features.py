@@ -33,6 +33,11 @@ NUM_WARPS, NUM_STAGES = 8, 1
 BLOCKS = 8  # blocks of positions of a program that adds up the gradient of its directions, of which each program writes one
 
 
+def features_backend(backend: str, H: int) -> str:
+    """The backend of the features in a layer on `backend`: XLA in place of kernels that do not hold so many channels."""
+    return "xla" if backend == "pallas" and H > MOST else backend
+
+
 def positive_features(
     x_BTNH: Float[Array, "B T N H"], w_RH: Float[Array, "R H"], valid_BT: Bool[Array, "B T"] | None = None, *, largest: float | None = None, wide: bool = False
 ) -> Float[Array, "B T N R"]:

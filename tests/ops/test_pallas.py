@@ -11,6 +11,7 @@ from flax import nnx
 from test_blocked import assert_close, exact, holes, normals, random_table, results
 
 from attn_zoo import VARIANTS, make_attention
+from attn_zoo.attention import find
 from attn_zoo.attention.fixed import OtherBlocks
 from attn_zoo.attention.memory_compressed import PastSlots
 from attn_zoo.attention.poolingformer import NearSlots
@@ -112,6 +113,26 @@ def test_bfloat16_sums_in_float32(interpreted):
     assert_close(gradients, expected_gradients, 2**-7)
 
 
+TILES = {"wide": (64, 32), "tall": (16, 64)}  # queries by keys of every kernel
+
+
+@pytest.mark.parametrize("tiles", TILES)
+@pytest.mark.parametrize("H", [96, 256])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=["f32", "bf16", "f16"])
+def test_tiles_that_are_not_square(dtype, H, tiles, interpreted, monkeypatch):
+    """Outputs and gradients in every dtype, with the widest heads, ragged lengths, heads that share keys and holes in these."""
+    monkeypatch.setattr(kernels, "tile", lambda *_, **__: tuning.Tile(*TILES[tiles], 4, 2))
+    q, k, v = normals(2, 75, 90, 4, 2, H, dtype)
+    kwargs = {"pattern": Band(40, 25) | Prefix(5), "valid_BS": holes(2, 90)}
+    (o, lse), gradients = results(engine(**kwargs), q, k, v)
+    (expected, expected_lse), expected_gradients = exact(q, k, v, **kwargs)
+    assert all(x.dtype == dtype for x in (o, *gradients[:3])) and lse.dtype == jnp.float32
+    rounding = {jnp.float32: 2**-18, jnp.bfloat16: 2**-8, jnp.float16: 2**-11}[dtype]
+    assert_close(o, expected, rounding)
+    assert_close(lse, expected_lse, 3e-6)
+    assert_close(gradients, expected_gradients, 2 * rounding)
+
+
 def test_no_product_runs_over_blocks_that_are_not_listed(interpreted):
     """A query block that sees one key block takes one turn of the loop, so garbage in any other block is never read."""
     q, k, v = normals(1, 64, 64, 1, 1, 16)
@@ -195,6 +216,7 @@ SERVED = {
     "local": "local(window=9)",
     "global_window": "global_window(window=9, globals=5)",
     "block": "block(block=16)",
+    "block-bigbird": "block(block=16, global_blocks=2, random_blocks=1)",
     "block_local": "block_local(block=24)",
     "bigbird": "bigbird(window=9, globals=5, random=7)",
     "strided": "strided",
@@ -214,7 +236,7 @@ SERVED = {
     "luna": "luna(memory=20)",
     "attention_over_attention": "attention_over_attention",
 }
-DIRECTIONS = [(name, causal) for name in SERVED for causal in (False, True) if not causal or VARIANTS[name].causal is True and name != "luna"]
+DIRECTIONS = [(name, causal) for name in SERVED for causal in (False, True) if not causal or find(SERVED[name])[0].causal is True and name != "luna"]
 named = pytest.mark.parametrize("name, causal", DIRECTIONS, ids=lambda x: x if isinstance(x, str) else "causal" if x else "bidirectional")
 
 
@@ -251,7 +273,27 @@ def test_variants_run_on_the_kernels_alone(name, causal, gpu, monkeypatch):
     attention = layer(SERVED[name], causal, dtype=jnp.bfloat16)
     shapes = [jax.ShapeDtypeStruct((2, 90, heads, 16), jnp.bfloat16) for heads in (4, 2, 2)]
     jax.eval_shape(lambda *args: attention(*args[:3], valid_BS=args[3]), *shapes, jax.ShapeDtypeStruct((2, 90), bool))
-    assert set(ran) == {"pallas"} and attention.plan(90, 90, True)["backend"] == "pallas"
+    lists = name in ("bigbird", "star", "nystrom")  # random keys, the relay's mean, the pseudo-inverse: no kernel here knows these
+    assert set(ran) == {"pallas"} and attention.plan(90, 90, True)["backend"] == "pallas" + lists * " + xla"
+
+
+XLA_BESIDE = {  # heads, options and dtypes without a kernel for features, and a choice among all keys
+    "performer": ("performer(features=24)", 160, jnp.bfloat16),
+    "rfa": ("rfa(features=12)", 160, jnp.bfloat16),
+    "delta-nu": ("delta(nu=2)", 32, jnp.bfloat16),
+    "delta-dpfp-f32": ("delta", 32, jnp.float32),
+    "hard": ("hard", 16, jnp.bfloat16),
+    "mix": ("mix(local(window=9), bigbird)", 16, jnp.bfloat16),
+}
+
+
+@pytest.mark.parametrize("name", XLA_BESIDE)
+def test_the_record_says_what_xla_computes_beside_the_kernels(name, gpu):
+    spec, H, dtype = XLA_BESIDE[name]
+    attention = layer(spec, True, H=H, dtype=dtype)
+    assert attention.plan(90, 90)["backend"] == "pallas + xla"
+    narrow = {"delta-nu": "delta", "delta-dpfp-f32": "delta(feature_map='elu')", "hard": "full", "mix": "mix(local(window=9), full)"}.get(name, spec)
+    assert layer(narrow, True, H=32, dtype=dtype).plan(90, 90)["backend"] == "pallas"
 
 
 SUMMED = ("linear", "performer", "rfa", "retention", "delta")  # on the kernels of pallas_linear

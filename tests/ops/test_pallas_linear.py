@@ -269,12 +269,14 @@ def both_forms(attention, q, k, v, valid):
     return run(False), run(True)
 
 
-@pytest.mark.parametrize("name, causal", [("linear", True), ("linear-cosformer", False), ("performer", False), ("rfa-gate", True), ("retention", False), ("delta", True)])
+@named
 def test_variants_equal_their_reference(name, causal, interpreted):
-    """Outputs and gradients, those of the parameters too, with ragged validity: one of each scan, one that scans both ways, and sums over all keys."""
+    """Outputs and gradients, those of the parameters too, with ragged validity. Of dpfp, a first query and its key may share next to no feature: the key's gradient is
+    then what rounding leaves of value - output, over a small number, on every backend.
+    """
     q, k, v, _ = inputs(90, R=16, H=16)
     valid = jnp.arange(90)[None] < jnp.array([[90], [61]])
-    assert_close(*both_forms(layer(VARIANTS[name], causal), q, k, v, valid), 2e-5)
+    assert_close(*both_forms(layer(VARIANTS[name], causal), q, k, v, valid), 6e-5 if name == "linear-dpfp" else 2e-5)
 
 
 def ran_on_the_kernels(attention, dtype, masked=False) -> bool:
@@ -291,7 +293,8 @@ def ran_on_the_kernels(attention, dtype, masked=False) -> bool:
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
 def test_auto_takes_the_kernels_on_a_gpu_and_the_record_says_so(name, causal, dtype, gpu):
     attention = layer(VARIANTS[name], causal, dtype=dtype, backend="auto")
-    assert attention.plan(90, 90, True)["backend"] == attention.backend() == "pallas"
+    features_by_xla = name == "delta" and dtype == jnp.float32  # registers do not hold those of dpfp then
+    assert attention.backend() == "pallas" and attention.plan(90, 90, True)["backend"] == "pallas" + features_by_xla * " + xla"
     assert ran_on_the_kernels(attention, dtype) and ran_on_the_kernels(attention, dtype, masked=True)
     forced = layer(VARIANTS[name], causal, dtype=dtype, backend="xla")
     assert forced.plan(90, 90)["backend"] == "xla" and not ran_on_the_kernels(forced, dtype)

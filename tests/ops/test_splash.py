@@ -152,7 +152,8 @@ def asked(name, causal, monkeypatch):
     for backend in backends.RUN:
         monkeypatch.setitem(backends.RUN, backend, record if backend == "splash" else None)
     attention = layer(SERVED[name], causal)
-    assert set(attention.plan(150, 150, True)["backend"].split(" + ")) == {"splash"}
+    lists = name in ("bigbird", "star", "nystrom")  # random keys, the relay's mean, the pseudo-inverse: splash does not know these
+    assert set(attention.plan(150, 150, True)["backend"].split(" + ")) == {"splash"} | ({"xla"} if lists else set())
     jax.eval_shape(lambda *args: attention(*args[:3], valid_BS=args[3]), *shapes(2, 150, 150, 4, 2, 16, jnp.float32), jax.ShapeDtypeStruct((2, 150), bool))
     assert found
     return found
@@ -213,6 +214,12 @@ def test_lowers_for_tpu(pattern, dtype):
     assert "600x600" not in text and "640x640" not in text, "a dense mask or score matrix"
 
 
+@pytest.mark.parametrize("H", [16, 40, 128, 256])
+def test_heads_of_other_widths_lower_for_tpu(H):
+    attend = lambda q, k, v: splash_attention(q, k, v, pattern=CAUSAL, block=128)
+    assert kernels_in(lowered(attend, *shapes(1, 256, 256, 2, 1, H, jnp.bfloat16))) == ["dkv", "dq", "fwd"]
+
+
 @named
 def test_the_masks_of_variants_lower_for_tpu(name, causal, interpreted, monkeypatch):
     for pattern, T, S in asked(name, causal, monkeypatch):
@@ -226,6 +233,17 @@ def test_lists_of_blocks_fit_the_scalar_memory():
     for pattern, expected in ((Prefix(16), 256), (Band(255, 0), 128)):
         sizes = splash.block_sizes(pattern, 2**17, 2**17)
         assert sizes == (expected, expected) and mask_of(pattern, 2**17, 2**17, *sizes).scalar_bytes <= splash.SCALAR_BYTES
+
+
+def test_where_jax_has_moved_it_the_others_still_run(monkeypatch):
+    def moved():
+        raise ImportError("No module named 'jax.experimental.pallas.ops.tpu.splash_attention'")
+
+    monkeypatch.setattr(backends, "_splash", moved)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert backends.choose("auto", FULL, jnp.bfloat16, 64) == "xla"
+    with pytest.raises(UserError, match=f"'splash' cannot serve here: jax {jax.__version__} has it elsewhere: No module named .*; use auto or xla"):
+        backends.choose("splash", FULL, jnp.bfloat16, 64)
 
 
 def test_an_unknown_backward_pass_is_left_alone(interpreted, monkeypatch):
