@@ -36,7 +36,7 @@ bench: $(PEERS_READY)
 
 # The same on an NVIDIA GPU, for head dims of 64 and 128 (make bench-gpu ACCELERATOR=cuda13); compiles nothing further after three and a half minutes of each.
 # Peers that cannot be installed become rows with the reason.
-BLOCKED := full, local, global_window, block, block_local, dilated, strided, fixed, axial, linear, performer, retention, delta
+BLOCKED := full, local, global_window, block, block(global_blocks=2, random_blocks=3), block_local, dilated, strided, fixed, axial, linear, performer, rfa, retention, delta
 GPU := --dtype=bfloat16 --tokens=32768 --N=16 --seq_lens=4096,32768,8192,16384 --variants='$(BLOCKED)' \
   --rounds=5 --jobs=12 --minutes=3.5 --peers=all --peers_python=.venv-peers/bin/python --peer_processes=6
 bench-gpu: $(PEERS_READY) $(READY)

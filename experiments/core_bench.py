@@ -9,7 +9,8 @@
 All candidates of one length are compiled first and then timed in interleaved rounds, so that a slow moment of the machine falls on all
 of them; medians with 20th and 80th percentile. PyTorch runs in processes of its own, one or more, which wait while JAX is timed, as JAX does while PyTorch is. Variants that cannot be
 causal run bidirectionally, and their row says so. A peer is set beside the variant that sees the same pairs, and those that come with their projections beside that
-variant with its own. What cannot run is a row with the reason. One record a candidate, length and mode; a length that has all its records is not measured again.
+variant with its own. What cannot run is a row with the reason. One record a candidate, length and mode; a length that has all its records, none of them of a
+row that was lost or left out, is not measured again.
 """
 
 import hashlib
@@ -37,14 +38,16 @@ from attn_zoo.spec import check, check_int
 
 VARIANT_SPECS = flags.DEFINE_string("variants", None, "Specs; by default every variant of the zoo.")
 SEQ_LENS = flags.DEFINE_list("seq_lens", ["1024", "2048", "4096", "8192"], "Sequence lengths.")
-BATCH, HEADS, HEAD_DIM = (flags.DEFINE_integer(*f, lower_bound=1) for f in (("B", 1, "Batch."), ("N", 8, "Heads."), ("H", 64, "Head dim.")))
+BATCH = flags.DEFINE_integer("B", 1, "Batch.", lower_bound=1)
+HEADS = flags.DEFINE_integer("N", 8, "Heads.", lower_bound=1)
+HEAD_DIM = flags.DEFINE_integer("H", 64, "Head dim.", lower_bound=1)
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "Of queries, keys and values.")
 CAUSAL = flags.DEFINE_bool("causal", True, "Causal where a variant can be.")
 TOKENS = flags.DEFINE_integer("tokens", None, "Tokens of a batch, in place of --B: a batch of tokens / T.", lower_bound=1)
 ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed samples of each candidate, interleaved.", lower_bound=1)
 JOBS = flags.DEFINE_integer("jobs", 1, "Candidates compiled side by side; with more than one, compile times are not those of one alone.", lower_bound=1)
 MINUTES = flags.DEFINE_float("minutes", None, "Compile nothing further after so many, of which each length gets half of what is left, and the last all: a row says so. The same command goes on with the lengths that are not complete.", lower_bound=0)
-PEERS = flags.DEFINE_enum("peers", "jax", ["none", "jax", "all"], "Whose attention to set beside it: JAX's (and tokamax, where installed), or that and PyTorch's and its packages.")
+PEERS = flags.DEFINE_enum("peers", "jax", ["none", "jax", "all"], "Whose attention to set beside it: JAX's (also in its own Pallas kernels, and tokamax, where installed), or that and PyTorch's and its packages.")
 PEER_PROCESSES = flags.DEFINE_integer("peer_processes", 1, "Processes of PyTorch among which its rows are divided: with --jobs they compile side by side; one at a time is timed.", lower_bound=1)
 PEERS_PYTHON = flags.DEFINE_string("peers_python", sys.executable, "The Python that has PyTorch, the packages and attn_zoo.")
 BACKENDS = flags.DEFINE_list("backends", ["auto"], "attention.backend of the variants, a row each: auto, xla, pallas, cudnn, ...")
@@ -62,12 +65,13 @@ def rows_of(problem: Problem, specs: list[str], torch: list[TorchProcess]) -> li
     """All candidates of one length; where two of the same name were asked for, one."""
     qkv = candidates.heads(problem)
     found = {}
-    add = lambda build, *args: args[1] in found or found.update({args[1]: build(*args)})
     for backend in BACKENDS.value:
         for spec, causal in directed(specs):
             mark = "" if backend == "auto" else f" [{backend}]"
             both = ", bidirectional" if causal != CAUSAL.value and spec == "full" else ""
-            add(candidates.variant, problem, spec + both + mark, spec, causal, qkv, backend)
+            name = spec + both + mark
+            if name not in found:
+                found[name] = candidates.variant(problem, name, spec, causal, qkv, backend)
     peers = candidates.jax_peers(problem, SIZES["window"], qkv) if PEERS.value != "none" else []
     theirs = [process.candidates(problem) for process in torch]
     peers += [rows[n % len(torch)] for n, rows in enumerate(zip(*theirs))]  # dealt out: every process knows all
@@ -158,8 +162,9 @@ def measure_length(out: Path, problem: Problem, specs: list[str], torch: list[To
         at = outcome.pop("lost_at", math.inf)
         if row.framework == "jax" and at < math.inf:
             lost[at] = f"T = {problem.T}, {row.name}, {mode}: {outcome['message']}; if it is this row's fault, the same command without it goes on"
-        flops = problem.attention(row.spec, row.causal).flops(problem.B, problem.T, problem.T) * (1 if mode == "forward" else 3)
-        work = {"order": order, "framework": row.framework, "flops": flops, "bytes": problem.bytes(mode), "plan": row.plan}
+        attention = problem.attention(row.spec, row.causal)
+        flops = attention.flops(problem.B, problem.T, problem.T) * (1 if mode == "forward" else 3) if attention.flops_without_key else None
+        work = {"order": order, "framework": row.framework, "flops": flops, "bytes": problem.bytes(mode), "plan": row.plan, "lost": at < math.inf}
         write_record(out, {"id": ids[row.name, mode], "status": outcome.pop("status"), "message": outcome.pop("message", ""), "cell": cell_of(row, problem, mode)} | work | outcome | rates | common)
     if lost:
         raise UserError(lost[min(lost)])
@@ -171,7 +176,7 @@ def done(out: Path, ids: set[str], common: dict) -> bool:
         return False
     found = {r["id"]: r for r in load_records(out)}
     same = lambda r: r["settings"] == common["settings"] and all(r["provenance"].get(key) == common["provenance"][key] for key in ("git_commit", "git_dirty", "cpu", "device_kind"))
-    return ids <= found.keys() and all(same(found[id]) and found[id]["status"] not in ("timeout", "error") for id in ids)
+    return ids <= found.keys() and all(same(found[id]) and found[id]["status"] != "timeout" and not found[id].get("lost") for id in ids)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The side-by-side: every candidate leaves its record, ratios are those of the recorded times, and the committed table is made from its records alone."""
 
+import importlib
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from attn_zoo import VARIANTS, make_attention
 from attn_zoo.attention.base import softmax_reference
 from attn_zoo.attention.pattern import dense_mask
 from attn_zoo.results import load_records, write_record
+from attn_zoo.spec import Unsupported
 from attn_zoo.tables import number
 from tiny import ENV
 
@@ -24,7 +26,7 @@ RESULTS = ROOT / "experiments" / "results"
 LENGTHS = (32, 64, 128)
 sys.path.insert(0, str(ROOT / "experiments"))
 from bench import candidates, rounds
-from bench.candidates import CannotRun, Jax, Lost, Problem, TorchProcess, counterparts, farthest, heads, variant
+from bench.candidates import CannotRun, Jax, Lost, Problem, TorchProcess, counterparts, farthest, heads, status_of, variant
 from bench.report import faster_from
 from bench.rounds import MODES, measure
 from bench.single_pattern import single_pattern
@@ -78,7 +80,8 @@ def test_ratios_exponents_and_rates_are_those_of_the_recorded_times(folder, tmp_
     for r in load_records(folder):
         if r["status"] == "ok":
             seconds = 1e-3 * (r["cell"]["seq_len"] / 32) ** 2 * (3 if r["cell"]["peer"] else 1)
-            r |= {"speed": {"median_s": seconds, "p20_s": seconds, "p80_s": seconds, "n": 1}, "flops": 5e6 * seconds, "matmul_flops_per_s": 2e7}
+            speed = {"median_s": seconds, "p20_s": 0.9 * seconds, "p80_s": 1.2 * seconds, "n": 1}
+            r |= {"speed": speed, "flops": 5e6 * seconds, "matmul_flops_per_s": 2e7, "compile": {"lower_s": 0.5, "compile_s": 1.25}}
         write_record(tmp_path, r)
     process = run(tmp_path, "--report_only")
     assert process.returncode == 0, process.stderr
@@ -86,7 +89,9 @@ def test_ratios_exponents_and_rates_are_those_of_the_recorded_times(folder, tmp_
     assert text.count("3.0 / 1.0 (3.00×)") == 4 and text.count("48.0 / 16.0 (3.00×)") == 4  # both directions and modes
     [row] = [line for line in text.splitlines() if line.startswith("| `linformer(rank=4)` (b)")][:1]
     assert "16.0 (3.0×)" in row and "| 2.00 " in row
-    rates = text.split("**Rates at T = 128**")[1]
+    rates, spreads = text.split("**Rates at T = 128**")[1].split("**Spread and compilation at T = 128**")
+    [spread] = [line for line in spreads.splitlines() if line.startswith("| `full` ")]
+    assert [cell.strip() for cell in spread.strip("|").split("|")] == ["`full`", *["16.0 (14.4 to 19.2)", "1.75"] * 2]
     assert "25 %" in rates
     [full] = [r for r in load_records(folder) if (r["cell"]["variant"], r["cell"]["seq_len"], r["cell"]["mode"]) == ("full", 128, "forward")]
     pairs = full["cell"]["B"] * full["cell"]["N"] * full["plan"]["computed_pairs"]
@@ -135,7 +140,7 @@ class Row:
     def seconds(self, mode, calls):
         self.calls += 1
         if self.calls > self.last:
-            raise CannotRun("it ran out of memory")
+            raise CannotRun("it ran out of memory", "oom")
         return 1.0
 
 
@@ -147,7 +152,7 @@ def test_a_row_that_fails_while_it_is_timed_says_so_and_the_others_go_on():
         if row is well:
             assert outcome["status"] == "ok" and outcome["speed"]["n"] == 4
         else:
-            assert outcome == {"temp_bytes": 1, "status": "unsupported", "message": "it ran out of memory"}
+            assert outcome == {"temp_bytes": 1, "status": "oom", "message": "it ran out of memory"}
 
 
 def test_what_the_time_does_not_suffice_for_is_left_out():
@@ -185,6 +190,52 @@ def test_another_process_has_a_moment_to_come_to_rest(monkeypatch):
     monkeypatch.setattr(rounds.time, "sleep", waits.append)
     list(measure([Row(100, process) for process in (None, None, "first", "second", "second")], rounds=2, jobs=1))
     assert waits == [rounds.PAUSE_S] * 9  # before three processes, in a first round and two more
+
+
+REASONS = {
+    "unsupported": [Unsupported("informer cannot attend across sequences"), NotImplementedError("no gradients"), ModuleNotFoundError("No module named 'fla'")],
+    "oom": [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes"), RuntimeError("CUDA out of memory."), RuntimeError("can't allocate memory: 1 bytes")],
+    "error": [RuntimeError("the compiler failed"), ValueError("shapes differ"), CannotRun("wrong", "error"), Lost("the process ended")],
+}
+
+
+@pytest.mark.parametrize("status", REASONS)
+def test_the_status_tells_what_is_refused_from_what_failed(status):
+    for reason in REASONS[status]:
+        if isinstance(reason, CannotRun):
+            assert reason.status == status
+        else:
+            assert status_of(reason) == status_of(ExceptionGroup("compilers", [reason])) == status
+
+
+def test_a_length_with_a_row_that_was_lost_or_left_out_is_measured_again(tmp_path):
+    """Any other row is as it will be the next time."""
+    module = sys.modules.get("core_bench") or importlib.import_module("core_bench")
+    common = {"settings": {"rounds": 1}, "provenance": {"git_commit": "1", "git_dirty": False, "cpu": "2", "device_kind": "cpu"}}
+    for status, lost, again in (("ok", False, False), ("oom", False, False), ("error", False, False), ("unsupported", False, False), ("error", True, True), ("timeout", False, True)):
+        write_record(tmp_path, {"id": "x", "cell": {"variant": "full", "seq_len": 32, "seed": 0}, "status": status, "lost": lost} | common)
+        assert module.done(tmp_path, {"x"}, common) != again
+
+
+def test_kernels_of_jax_lower_for_the_devices_that_they_are_for(monkeypatch):
+    """Forward and backward."""
+    shapes = [jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)] * 3
+    both = lambda attend: jax.jit(lambda q, k, v: jax.vjp(lambda *x: attend(*x, is_causal=True), q, k, v)[1](q))
+    for platform, lowered_for, kind, attend in (("gpu", "cuda", "NVIDIA H200", candidates._pallas_mha), ("tpu", "tpu", "TPU v5 lite", candidates._pallas_tpu)):
+        device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
+        with pytest.raises(CannotRun, match=f"its kernels are for {platform.upper()}s"):
+            both(attend).lower(*shapes)
+        with monkeypatch.context() as patch, jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+            patch.setattr(jax, "default_backend", lambda: platform)
+            assert "custom_call" in both(attend).trace(*shapes).lower(lowering_platforms=(lowered_for,)).as_text()
+
+
+def test_what_is_not_what_its_flops_count_has_no_rate(tmp_path):
+    """Hard attention without a key looks up one key a query, and its gradients are those of values alone."""
+    process = run(tmp_path, "--variants=hard", "--seq_lens=32", "--N=1", "--H=8", "--rounds=1", "--peers=none")
+    assert process.returncode == 0 and {r["flops"] for r in load_records(tmp_path)} == {None}, process.stderr
+    [row] = [line for line in (tmp_path / "table.md").read_text().split("**Rates at")[1].split("**Spread")[0].splitlines() if line.startswith("| `hard`")]
+    assert [cell.strip() for cell in row.split("|")][5:9:2] == ["–", "–"]
 
 
 def test_what_is_lost_is_an_error_to_be_measured_again():

@@ -32,11 +32,18 @@ MOST_ERROR = 0.05  # of the largest value: several times what bfloat16 rounds, i
 
 
 class CannotRun(Exception):
-    """The reason why there is no time for a row."""
+    """The reason why there is no time for a row, and the status of its record: it cannot do what was asked, or 'oom', or 'error' for what failed."""
+
+    def __init__(self, reason: str, status: str = "unsupported"):
+        super().__init__(reason)
+        self.status = status
 
 
 class Lost(CannotRun):
     """It is that the device, or the process that a row lives in, no longer answers, which may be another row's fault."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason, "error")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +93,7 @@ class Jax:
         except Exception as e:  # a row with the reason, whatever it is
             raise failed(e) from None
         if checked and not checked["error"] <= MOST_ERROR:
-            raise CannotRun(f"wrong: it differs from what XLA's engine gives by {checked['error']:.2g} of the largest value")
+            raise CannotRun(f"wrong: it differs from what XLA's engine gives by {checked['error']:.2g} of the largest value", "error")
         self._compiled[mode] = compiled, args
         return {"compile": seconds, "temp_bytes": compiled.memory_analysis().temp_size_in_bytes} | checked
 
@@ -129,13 +136,23 @@ def failed(e: Exception) -> CannotRun:
         jax.block_until_ready(jnp.zeros(()) + 1)
     except Exception:
         return Lost(f"nothing runs any more on the device: {said(e)}")
-    return CannotRun(said(e))
+    return CannotRun(said(e), status_of(e))
 
 
 @functools.lru_cache(maxsize=2)  # one for all rows of a length, and one for those that are layers: at T = 65,536 each is as large as the queries
 def cotangent(shape: tuple[int, ...], dtype) -> jax.Array:
     """Random, of a result of this shape."""
     return jax.random.normal(jax.random.key(3), shape).astype(dtype)
+
+
+def status_of(e: Exception) -> str:
+    """Of the record of what failed so: 'unsupported' for what is refused, or not installed; 'oom'; else 'error'."""
+    if isinstance(e, ExceptionGroup):
+        e = e.exceptions[0]
+    if isinstance(e, (UserError, NotImplementedError, ImportError)):
+        return "unsupported"
+    memory = "RESOURCE_EXHAUSTED", "out of memory", "can't allocate memory"  # of XLA, and of PyTorch on a GPU and on a CPU
+    return "oom" if isinstance(e, MemoryError) or any(words in str(e) for words in memory) else "error"
 
 
 def said(e: Exception) -> str:
@@ -202,14 +219,18 @@ def jax_peers(problem: Problem, window: int, qkv: tuple) -> list[Jax]:
     """JAX's own attention and tokamax's, each as the variant that sees the same pairs; one that cannot run says why when it is prepared."""
     local = plain(f"local(window={window})")
     found = []
+    kernels = {  # JAX's own in Pallas: for any GPU by Triton, for Hopper by Mosaic, and for TPUs
+        "jax pallas": _pallas_mha,
+        "jax pallas (mosaic_gpu), float16, without a scale": _pallas_hopper,
+        "jax pallas (flash, TPU)": _pallas_tpu,
+    }
     for causal in (True, False):
-        for implementation in ("xla", "cudnn"):
-            call = _partial(jax.nn.dot_product_attention, is_causal=causal, implementation=implementation)
-            found.append(Jax(f"jax.nn ({implementation}){way(causal)}", call, qkv, spec="full", causal=causal, peer=True))
-        found.append(Jax(f"tokamax{way(causal)}", _partial(_tokamax, is_causal=causal), qkv, spec="full", causal=causal, peer=True))
-        found.append(Jax(f"jax pallas{way(causal)}", _partial(_pallas_mha, causal=causal), qkv, spec="full", causal=causal, peer=True))
-    call = _partial(jax.nn.dot_product_attention, is_causal=True, local_window_size=(window, 0), implementation="cudnn")
-    found.append(Jax("jax.nn (cudnn): window", call, qkv, spec=local, causal=True, peer=True))
+        calls = {"jax.nn (xla)": jax.nn.dot_product_attention, "jax.nn (cudnn)": _cudnn}
+        for name, call in (calls | {"tokamax": _tokamax} | kernels).items():
+            args = tuple(x.astype(jnp.float16) for x in qkv) if call is _pallas_hopper else qkv  # of bfloat16 it says that its factors are of two dtypes
+            found.append(Jax(name + way(causal), _partial(call, is_causal=causal), args, spec="full", causal=causal, peer=True))
+    for name, call in (("jax.nn (cudnn): window", _cudnn), ("tokamax: window", _tokamax)):
+        found.append(Jax(name, _partial(call, is_causal=True, local_window_size=(window, 0)), qkv, spec=local, causal=True, peer=True))
     return found
 
 
@@ -227,15 +248,40 @@ def _partial(function, **options):
     return lambda q, k, v: function(q, k, v, **options)
 
 
-def _tokamax(q, k, v, *, is_causal):
+def _needs(platform: str) -> None:
+    if jax.default_backend() != platform:
+        raise CannotRun(f"its kernels are for {platform.upper()}s")
+
+
+def _cudnn(q, k, v, **options):
+    _needs("gpu")
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **options)
+
+
+def _tokamax(q, k, v, **options):
     kernels = {"implementation": ("mosaic", "triton")} if jax.default_backend() == "gpu" else {}  # or it would run XLA, and not say so
-    return importlib.import_module("tokamax").dot_product_attention(q, k, v, is_causal=is_causal, **kernels)
+    return importlib.import_module("tokamax").dot_product_attention(q, k, v, **options, **kernels)
 
 
-def _pallas_mha(q, k, v, *, causal):
-    if jax.default_backend() != "gpu":
-        raise CannotRun("its kernels are for GPUs")
-    return importlib.import_module("jax.experimental.pallas.ops.gpu.attention").mha(q, k, v, None, sm_scale=q.shape[-1] ** -0.5, causal=causal)
+def _pallas_mha(q, k, v, *, is_causal):
+    _needs("gpu")
+    return importlib.import_module("jax.experimental.pallas.ops.gpu.attention").mha(q, k, v, None, sm_scale=q.shape[-1] ** -0.5, causal=is_causal)
+
+
+def _pallas_hopper(q, k, v, *, is_causal):
+    """In the tiles that its own benchmark tries first, as far as shared memory holds them, and 64 rows backwards; it has no gradients where it is causal."""
+    _needs("gpu")
+    kernels = importlib.import_module("jax.experimental.pallas.ops.gpu.attention_mgpu")
+    back = {f"block_{side}_{kernel}": 64 for side in ("q", "kv") for kernel in ("dkv", "dq")}
+    config = kernels.TuningConfig(block_q=64, block_kv=256 if q.shape[-1] <= 64 else 128, max_concurrent_steps=2, causal=is_causal, **back)
+    return kernels.attention(q, k, v, config)
+
+
+def _pallas_tpu(q, k, v, *, is_causal):
+    _needs("tpu")
+    attend = importlib.import_module("jax.experimental.pallas.ops.tpu.flash_attention").flash_attention
+    heads_first = (x.swapaxes(1, 2) for x in (q, k, v))  # the layout that it asks for: XLA may turn them, as it may what is timed beside it
+    return attend(*heads_first, causal=is_causal, sm_scale=q.shape[-1] ** -0.5).swapaxes(1, 2)
 
 
 class Ended(UserError):
@@ -315,5 +361,5 @@ class Torch:
         except Ended as e:
             raise Lost(str(e)) from None
         if "reason" in answer:
-            raise CannotRun(answer["reason"])
+            raise CannotRun(answer["reason"], answer["status"])
         return answer

@@ -27,12 +27,12 @@ def write(records: list[Record], out: Path, reference: str) -> None:
 
 
 def table(records: list[Record], reference: str) -> str:
-    """Markdown: times and memory of the variants by mode, what rates they reach, and the peers beside the variants that see the same pairs."""
+    """Markdown: times and memory of the variants by mode, what rates they reach, the peers beside the variants that see the same pairs, and spreads and compilation of all."""
     s = records[0]["settings"]
     batch = f"{s['tokens']:,} tokens" if s["tokens"] else f"B={s['B']}"
     title = f"Attention alone, {batch}, N={s['N']}, H={s['H']}, {s['dtype']}, {'causal unless marked (b)' if s['causal'] else 'bidirectional'}."
     sections = [title, *(times(records, mode, reference) for mode in MODES), rates(records)]
-    sections += [section(records, mode) for section in (side_by_side, on_backends) for mode in MODES] + [origin(records)]
+    sections += [section(records, mode) for section in (side_by_side, on_backends) for mode in MODES] + [spreads(records), origin(records)]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
@@ -73,6 +73,19 @@ def rates(records: list[Record]) -> str:
     header = ["", "backend", "pairs seen", "pairs computed", *(f"{title}: {unit}" for title in MODES.values() for unit in units)]
     what = "of useful pairs, and of every argument and result moved once" + "; picoseconds of a computed pair, seen or not, in one head" * counted
     return f"**Rates at T = {T}**, {what}\n\n" + pipe(rows, header) if rows else ""
+
+
+def spreads(records: list[Record]) -> str:
+    """A row a variant and a peer, at the longest length: milliseconds with their 20th and 80th percentile, and how long it took to trace and compile it, or of PyTorch to build and first call it."""
+    T = max(lengths_of(records))
+    rows = []
+    for name in by_name(r for r in records if r["cell"]["seq_len"] == T):
+        of = {r["cell"]["mode"]: r for r in records if r["cell"]["seq_len"] == T and r["cell"]["variant"] == name}
+        if any(r["status"] == "ok" for r in of.values()):
+            rows.append([f"`{name}`", *(text for mode in MODES for text in (_spread(of[mode]), _compilation(of[mode])))])
+    header = ["", *(f"{title}: {unit}" for title in MODES.values() for unit in ("ms (p20 to p80)", "compile, s"))]
+    together = " Compiled side by side, so not as fast as alone." if settings(records)["jobs"] > 1 else ""
+    return f"**Spread and compilation at T = {T}**, over the rounds; of PyTorch, compilation is the first call.{together}\n\n" + pipe(rows, header) if rows else ""
 
 
 def side_by_side(records: list[Record], mode: str) -> str:
@@ -240,9 +253,24 @@ def _once(cells: list[str]) -> list[str]:
 
 
 def _rate(record: Record, what: str, most: str) -> str:
-    """Billions a second, and as a share of the rate measured beside it, if one was."""
+    """Billions a second, and as a share of the rate measured beside it, if one was; of what was not counted, a dash."""
+    if record[what] is None:
+        return "–"
     rate = record[what] / record["speed"]["median_s"]
     return f"{rate / 1e9:.3g}" + (f" ({100 * rate / record[most]:.0f} %)" if record[most] else "")
+
+
+def _spread(record: Record) -> str:
+    """Median, and 20th to 80th percentile."""
+    if record["status"] != "ok":
+        return "–"
+    median, p20, p80 = (f"{1e3 * record['speed'][key]:.1f}" for key in ("median_s", "p20_s", "p80_s"))
+    return f"{median} ({p20} to {p80})"
+
+
+def _compilation(record: Record) -> str:
+    """Seconds of tracing, lowering and compiling."""
+    return f"{sum(record['compile'].values()):.2f}" if record["status"] == "ok" else "–"
 
 
 def _pair(record: Record, computed_pairs: int | None) -> str:

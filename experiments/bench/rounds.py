@@ -79,5 +79,5 @@ def prepare(row: Any, mode: str, until: float) -> dict:
 
 
 def without_time(e: CannotRun) -> dict:
-    """What is said of a row that has none."""
-    return {"status": "error", "message": str(e), "lost_at": time.monotonic()} if isinstance(e, Lost) else {"status": "unsupported", "message": str(e)}
+    """What is said of a row that has none; 'lost_at', on the monotonic clock, of one that is lost."""
+    return {"status": e.status, "message": str(e)} | ({"lost_at": time.monotonic()} if isinstance(e, Lost) else {})

@@ -218,7 +218,7 @@ def _nystrom(landmarks, projections, shape):
     if projections:
         return layer
     if shape.T % landmarks:
-        raise ValueError(f"it pads its input to a multiple of {landmarks} landmarks, and here that is projected already")
+        raise NotImplementedError(f"it pads its input to a multiple of {landmarks} landmarks, and here that is projected already")
     layer.to_qkv, layer.to_out = _Given(), torch.nn.Identity()
 
     def attend(q, k, v):

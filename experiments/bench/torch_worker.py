@@ -3,8 +3,8 @@
 Requests and answers are JSON, a line each, on standard input and output:
     {"do": "list", settings} -> [{"name", "spec", "causal", "layer", "tunes", "reason"}]      spec: the variant of this package that sees the same pairs
     {"do": "open", "B", "T"} -> {}                                                   what comes next is of this batch and length
-    {"do": "prepare", "name", "mode"} -> {"seconds"} or {"reason"}                   builds and calls once: what it compiles is in there
-    {"do": "time", "name", "mode", "calls"} -> {"seconds"} or {"reason"}             of one call, the mean of so many
+    {"do": "prepare", "name", "mode"} -> {"seconds"} or {"reason", "status"}         builds and calls once: what it compiles is in there
+    {"do": "time", "name", "mode", "calls"} -> {"seconds"} or {"reason", "status"}   of one call, the mean of so many
     {"do": "about"} -> {"torch", "device"}                                           its version, and where it runs
 """
 
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, it is no part of a package
-from bench.candidates import said
+from bench.candidates import said, status_of
 from bench.torch_peers import Peer, Shape, peers
 
 from attn_zoo.memory import keep_freed_memory
@@ -73,7 +73,7 @@ class Worker:
             self.synchronize()
         except Exception as e:  # a row with the reason, whatever it is
             self.synchronize()  # which ends this process if nothing runs any more on the GPU
-            return {"reason": said(e)}
+            return {"reason": said(e), "status": status_of(e)}
         self.built[name, mode] = call
         return {"seconds": time.perf_counter() - start}
 
@@ -88,7 +88,7 @@ class Worker:
             self.synchronize()
         except Exception as e:
             self.synchronize()
-            return {"reason": said(e)}
+            return {"reason": said(e), "status": status_of(e)}
         return {"seconds": (time.perf_counter() - start) / calls}
 
     def call_of(self, peer: Peer, mode: str) -> Callable[[], Any]:
