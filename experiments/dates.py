@@ -1,7 +1,7 @@
 """The small Transformer, encoder and decoder, on dates: 'samedi 21 novembre 2026' to '2026-11-21', a character at a time.
 
     python launch.py --config=experiments/dates.py
-    python launch.py --config=experiments/dates.py --variants='local(window=8), linear' --set model.where=cross
+    python launch.py --config=experiments/dates.py --workdir=results/dates_cross --variants='local(window=8), linear' --set model.where=cross
 
 The small one beside the base model of experiments/translate.py: sinusoidal positions, dropout, label smoothing and inverse-square-root decay as in Vaswani et al.
 2017. 99.7 % exact match in six minutes on two CPU cores (experiments/results/dates).

@@ -1,8 +1,8 @@
 """The small Transformer on sequences read backwards, at the lengths it was trained on and beyond: exact match by length is in the records' `probes`.
 
     python launch.py --config=experiments/reverse.py
-    python launch.py --config=experiments/reverse.py --set task=sort
-    python launch.py --config=experiments/reverse.py --seq_lens=65 --set "task=reverse(joined=True)"       # a decoder alone
+    python launch.py --config=experiments/reverse.py --workdir=results/sort --set task=sort
+    python launch.py --config=experiments/reverse.py --workdir=results/reverse_joined --seq_lens=65 --set "task=reverse(joined=True)"       # a decoder alone
 
 100.0 % exact match at lengths 4 to 16, which it was trained on, and none beyond, in five minutes on two CPU cores (experiments/results/reverse).
 """

@@ -1,4 +1,4 @@
-"""The profile worth citing: seven variants on masked bytes at T = 1k to 32k, a 6-layer encoder of width 512 in bfloat16.
+"""The default sweep at the size of a GPU: its seven variants on masked bytes at T = 1k to 32k, a 6-layer encoder of width 512 in bfloat16, three seeds.
 
     make venv ACCELERATOR=cuda13
     .venv/bin/python launch.py --config=experiments/seq_len_gpu.py

@@ -1,7 +1,7 @@
 """The base model of "Attention is all you need" (Vaswani et al. 2017, table 3) on its own task, English to German.
 
     python launch.py --config=experiments/translate.py --allow_download                       # downloads the set; meant for GPUs
-    python launch.py --config=experiments/translate.py --variants='linformer' --set model.where=encoder
+    python launch.py --config=experiments/translate.py --workdir=results/translate_linformer --variants='linformer' --set model.where=encoder
 
 The paper's 37,000 shared pieces, some 25,000 target tokens a step, 100,000 steps, and its learning rate: D^-1/2 min(step^-1/2, step warmup^-3/2), whose greatest value
 is D^-1/2 warmup^-1/2 = 7e-4. Departures: embeddings start at N(0, 0.02^2), Adam's epsilon is 1e-8, dense layers have no biases; a batch is a number of
