@@ -2,12 +2,12 @@
 
     python experiments/tune.py                                                # every dtype, head dim and kernel; into results/tune
     python experiments/tune.py --minutes=9                                    # as far as that goes; the next call goes on from there
-    python experiments/tune.py --kernels=states,output,dv,dqk                 # those of linearized attention alone
+    python experiments/tune.py --kernels=states,output,dv,dqk                 # those of the scans of linearized attention alone
     python experiments/tune.py --report_only                                  # table and choice again, from the records alone
     python experiments/tune.py --report_only --write                          # and the choice into the package's tuning.json
 
 Each kernel is timed alone on two problems: those of attention on causal attention and a causal window, those of scans on sums without and with decay
-("corrected" and "wy" on a delta rule). Candidates are compiled side by side, those nearest to the present tile first, held to what XLA computes, and timed in
+("corrected" and "wy" on a delta rule), those of features on what performer, rfa and delta make of queries and keys. Candidates are compiled side by side, those nearest to the present tile first, held to what XLA computes, and timed in
 interleaved rounds; a timing is of as many calls as take some milliseconds. The choice is the least product of the problems' medians; of chunks, at which scans
 have their tiles, that of all kernels together. What does not compile, or computes something else, is left out and counted.
 """
@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from bench.attention_tiles import AttentionTiles
+from bench.feature_tiles import FeatureTiles
 from bench.scan_tiles import ScanTiles
 from tabulate import tabulate
 
@@ -39,11 +40,11 @@ from attn_zoo.ops import delta, pallas_attention, pallas_kernels, tuning
 from attn_zoo.ops.tuning import LEAST, MOST_HEAD_DIM, power_of_two
 from attn_zoo.spec import check, check_choice
 
-ENGINES = (AttentionTiles, ScanTiles)
-KERNELS = flags.DEFINE_list("kernels", [kernel for engine in ENGINES for kernel in engine.kernels], "Of attention, then of scans, the most important first.")
-DTYPES = flags.DEFINE_list("dtypes", ["bfloat16", "float32"], "Of queries, keys and values, the most important first; float16 has the tiles of bfloat16, in scans of float32.")
+ENGINES = (AttentionTiles, ScanTiles, FeatureTiles)
+KERNELS = flags.DEFINE_list("kernels", [kernel for engine in ENGINES for kernel in engine.kernels], "Of attention, then of scans and of features, the most important first.")
+DTYPES = flags.DEFINE_list("dtypes", ["bfloat16", "float32"], "Of queries, keys and values, the most important first; float16 has the tiles of bfloat16, in scans and features of float32.")
 HEAD_DIMS = flags.DEFINE_list("head_dims", ["64", "128", "256"], "The most important first.")
-BLOCKS = flags.DEFINE_list("blocks", ["16", "32", "64", "128", "256"], "Queries, and keys, of a tile, or features, and values: powers of two.")
+BLOCKS = flags.DEFINE_list("blocks", ["16", "32", "64", "128", "256"], "Queries, and keys, of a tile, or features, and values, or positions, and directions: powers of two.")
 CHUNKS = flags.DEFINE_list("chunks", ["64", "128"], "Positions of a chunk of a scan: powers of two, at least the 64 of a delta rule, which has the same tiles.")
 WARPS = flags.DEFINE_list("warps", ["4", "8"], "Warps of a program: powers of two.")
 STAGES = flags.DEFINE_list("stages", ["1", "2", "3", "4"], "Stages of its load pipeline.")
@@ -196,7 +197,7 @@ def table(content: dict) -> str:
     """Markdown: what was chosen, how fast it is, and what was left out; from the records alone."""
     s, p, length = content["settings"], content["provenance"], content["settings"]["T"]
     lines = [f"Tiles of the Pallas kernels, B={s['B']}, N={s['N']}, T={length}, a window of {s['window']}{', interpreted' * s['interpret']}."]
-    lines += ["Of attention they are queries × keys, and the rate is of useful FLOPs; of scans features × values, and the rate is of arguments and results."]
+    lines += ["Of attention they are queries × keys, and the rate is of useful FLOPs; of scans features × values, of features positions × directions, and the rate is of arguments and results."]
     lines += ["", tabulate(_rows(content), "keys", tablefmt="pipe", disable_numparse=True)]
     left_out = Counter(re.sub(r"\b\d[\d.]*(e[+-]?\d+)?\b", "#", r["message"]) for r in content["records"] if r["status"] != "ok")
     lines += ["", "Left out:", *(f"- {count} × {message}" for message, count in left_out.most_common())] if left_out else []
@@ -228,8 +229,8 @@ def _rows(content: dict) -> Iterator[dict]:
 
 def wanted(settings: dict) -> list[tuple[str, int, str]]:
     """What is measured, in this order."""
-    takes = lambda kernel, dtype: dtype in engine_of(kernel, settings).dtypes
-    return [(dtype, H, kernel) for dtype in settings["dtypes"] for H in settings["head_dims"] for kernel in settings["kernels"] if takes(kernel, dtype)]
+    takes = lambda kernel, dtype, H: dtype in engine_of(kernel, settings).dtypes and H <= engine_of(kernel, settings).widest
+    return [(dtype, H, kernel) for dtype in settings["dtypes"] for H in settings["head_dims"] for kernel in settings["kernels"] if takes(kernel, dtype, H)]
 
 
 def settings() -> dict:

@@ -1,5 +1,6 @@
 """experiments/tune.py, interpreted on the CPU: what it chooses is the fastest of what it measured, and ops.tuning reads it."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -12,18 +13,19 @@ import pytest
 
 from attn_zoo.ops import tuning
 from attn_zoo.ops.patterns import CAUSAL
-from attn_zoo.ops.tuning import KERNELS, ScanTile, Tile
+from attn_zoo.ops.tuning import KERNELS, FeatureTile, ScanTile, Tile
 from tiny import ENV
 
 SCRIPT = Path(__file__).parent.parent / "experiments" / "tune.py"
 SIZES = dict(B=1, N=1, T=32, window=8, dtypes="float32", head_dims=16, blocks=16, warps=4, stages=2, rounds=1)
-ATTENTION, SCANS = ({"kernels": ",".join(kernels)} for kernels in (tuning.KERNELS, tuning.SCANS))
+ATTENTION, SCANS, FEATURES = ({"kernels": ",".join(kernels)} for kernels in (tuning.KERNELS, tuning.SCANS, tuning.FEATURES))
 RUNS = {"states": 2, "output": 1, "dv": 1, "dqk": 1}  # of a scan's kernels in a train step: states forwards, and their gradients
 
-# tune.py, where tiles of 16 queries fail in one kernel of attention and compute something else in another, as does a kernel of scans at a chunk of 128.
+# tune.py, where tiles of 16 queries fail in one kernel of attention and compute something else in another, as does a kernel of scans at a chunk of 128, and one of features in tiles
+# of 16 positions.
 BROKEN = f"""
 import runpy, sys
-from attn_zoo.ops import pallas_scan
+from attn_zoo.ops import pallas_features, pallas_scan
 from attn_zoo.ops.pallas_attention import Run
 
 dq, dkv = Run.dq, Run.dkv
@@ -46,6 +48,9 @@ def doubled(self, *args):
     return o * self.plan.chunk / 64, norm
 
 pallas_scan.Run.outputs = doubled
+
+sines = pallas_features.Run.sines
+pallas_features.Run.sines = lambda self: sines(self) * (2 if self.tile.positions == 16 else 1)
 sys.path.insert(0, {str(SCRIPT.parent)!r})
 runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
 """
@@ -74,6 +79,14 @@ def scans(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def features(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tune_features")
+    process = run(folder, "--interpret", script=BROKEN, **SIZES | FEATURES | dict(T=40, blocks="16,32", stages=1, head_dims="16,256"))
+    assert process.returncode == 0, process.stderr
+    return folder
+
+
 def read(folder):
     return json.loads((folder / "records.json").read_text())
 
@@ -93,7 +106,7 @@ def test_every_tile_that_computes_what_xla_does_is_timed(folder):
 def test_the_choice_is_the_fastest_and_ops_tuning_reads_it(folder, monkeypatch):
     content, entries = read(folder), json.loads((folder / "tuning.json").read_text())
     device = content["provenance"]["device_kind"]
-    assert entries["scans"] == tuning.table()["scans"]
+    assert all(entries[engine] == tuning.table()[engine] for engine in ("scans", "features"))
     assert {name: entry for name, entry in entries["attention"].items() if name != device} == tuning.table()["attention"], "other devices keep theirs"
     assert set(tuning.PATH.read_text().replace("},", "}").splitlines()) < set((folder / "tuning.json").read_text().replace("},", "}").splitlines()), "and their lines"
     monkeypatch.setattr(tuning, "table", lambda: entries)
@@ -152,6 +165,30 @@ def test_the_chunk_is_the_fastest_of_those_that_all_kernels_serve(scans, slower,
             tile = ScanTile(*best[kernel, 64 if kernel in tuning.DELTA else chunk])
             assert tuning.scan_tile(kernel, jnp.float32, 16, device=device) == tile
             assert tuning.scan_tile(kernel, jnp.float32, 64, device=device) == tuning.scan_tile(kernel, jnp.float32, 64, device="default")
+
+
+def test_features_are_held_to_what_xla_does_and_ops_tuning_reads_the_choice(features, monkeypatch):
+    """And there are none of wide heads."""
+    content, entries = read(features), json.loads((features / "tuning.json").read_text())
+    device, present = content["provenance"]["device_kind"], {kernel: tuning.feature_tile(kernel, "float32", 16, device="default") for kernel in tuning.FEATURES}
+    problems = {"random": ["exponentials", "sines"], "random_gradient": ["exponentials"], "sines_gradient": ["sines"]}
+    tiles = lambda kernel: {(p, d, 4, 1) for p in (16, 32) for d in ([1] if kernel.startswith("normalized") else [16, 32])} | {dataclasses.astuple(present[kernel])}
+    found = {(r["H"], r["kernel"], r["problem"], *r["tile"]): r["status"] for r in content["records"]}
+    assert found == {
+        (16, kernel, problem, *tile): "wrong" if (problem, kernel, tile[0]) == ("sines", "random", 16) else "ok"
+        for kernel in tuning.FEATURES
+        for problem in problems.get(kernel, ["delta"])
+        for tile in tiles(kernel)
+    }
+    monkeypatch.setattr(tuning, "table", lambda: entries)
+    for kernel in tuning.FEATURES:
+        seconds = {}
+        for r in content["records"]:
+            if r["kernel"] == kernel and r["status"] == "ok":
+                seconds.setdefault(tuple(r["tile"]), []).append(r["speed"]["median_s"])
+        whole = {tile: math.prod(at) for tile, at in seconds.items() if len(at) == len(problems.get(kernel, ["delta"]))}
+        assert tuning.feature_tile(kernel, "float32", 16, device=device) == FeatureTile(*min(whole, key=whole.get))
+        assert tuning.feature_tile(kernel, "float16", 64, device=device) == tuning.feature_tile(kernel, "float32", 64, device="default")
 
 
 def test_a_dtype_has_the_same_tiles_by_its_name():

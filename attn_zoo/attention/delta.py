@@ -83,9 +83,7 @@ class Delta(Attention):
         is_dpfp, nu = self.options.feature_map == "dpfp", self.options.nu
         if self.beside(backend) == "pallas":
             return normalized_features(x, dpfp=is_dpfp)
-        phi = dpfp(x, nu) if is_dpfp else elu(x.astype(jnp.float32))
-        total = phi.sum(axis=-1, keepdims=True)
-        return phi / jnp.where(total == 0, 1, total)
+        return normalized(dpfp(x, nu) if is_dpfp else elu(x.astype(jnp.float32)))
 
     def beside(self, backend):
         """Of the features."""
@@ -98,6 +96,12 @@ class Delta(Attention):
     def flops(self, B, T, S):
         d = self.dims
         return flops(self.options, B, T, S, d.num_heads, d.head_dim, d.causal, K=d.num_kv_heads)
+
+
+def normalized(phi):
+    """Features over their sum, zeros where that is zero."""
+    total = phi.sum(axis=-1, keepdims=True)
+    return phi / jnp.where(total == 0, 1, total)
 
 
 def feature_count(options: Options, H: int) -> int:

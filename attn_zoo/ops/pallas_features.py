@@ -21,15 +21,9 @@ from jaxtyping import Array, Bool, Float
 from attn_zoo.ops import pallas_kernels
 from attn_zoo.ops.pallas_feature_kernels import Form, positive_gradient_kernel, positive_kernel, sines_gradient_kernel, sines_kernel
 from attn_zoo.ops.pallas_linear_kernels import factor_of
-from attn_zoo.ops.tuning import fit, power_of_two
+from attn_zoo.ops.tuning import FeatureTile, feature_tile, fit
 
-# What a program multiplies at once, by the size of a factor: (positions, positions x directions, directions x channels), which registers and shared memory hold;
-# warps, and stages of its loads. They compile with next to no spills (tests/ahead); none has been timed on a GPU.
-FORWARD = {2: (128, 16384, 16384), 4: (64, 4096, 4096)}
-GRADIENT = {2: (128, 16384, 8192), 4: (32, 2048, 2048)}
-SINES_GRADIENT = {2: (64, 8192, 8192), 4: (16, 1024, 2048)}
 MOST = 128  # channels of which registers hold what the kernels need; the features of wider heads are left to XLA
-NUM_WARPS, NUM_STAGES = 8, 1
 BLOCKS = 8  # blocks of positions of a program that adds up the gradient of its directions, of which each program writes one
 
 
@@ -61,11 +55,81 @@ def sine_features(
     return _sines(wide, x_BTNH, w_KRH, valid_BT).reshape(*x_BTNH.shape[:3], -1)
 
 
+class Run:
+    """The kernels of these vectors [B, T, N, H], directions [K, R, H], and validity [B, T] or None, in tiles of one size."""
+
+    def __init__(self, tile: FeatureTile, x_BTNH, w_KRH, valid_BT=None):
+        self.tile, self.inputs = tile, (x_BTNH, w_KRH, valid_BT)
+        (B, T, _, H), R = x_BTNH.shape, w_KRH.shape[-2]
+        self.form = Form(B * T, R, H, fit(tile.positions, B * T), fit(tile.directions, R), jnp.dtype(x_BTNH.dtype), pallas_kernels.INTERPRET)
+
+    @classmethod
+    def tuned(cls, kernel: str, x_BTNH, w_KRH, valid_BT) -> "Run":
+        """In the tiles of one of FEATURES."""
+        return cls(feature_tile(kernel, x_BTNH.dtype, x_BTNH.shape[-1]), x_BTNH, w_KRH, valid_BT)
+
+    def positive(self, largest: float | None = None, wide: bool = False):
+        """[B, T, N, R]; see `positive_features`."""
+        [phi] = self._call(positive_kernel, [("features", jnp.float32 if wide else self.form.factor)], largest=largest)
+        return phi.reshape(*self.inputs[0].shape[:3], self.form.R)
+
+    def positive_gradient(self, dphi_BTNR, largest: float | None = None):
+        """[B, T, N, H], of vectors."""
+        [dx] = self._call(positive_gradient_kernel, [("vectors", self.form.dtype)], given=("features", dphi_BTNR), largest=largest)
+        return dx.reshape(self.inputs[0].shape)
+
+    def sines(self, wide: bool = False):
+        """[B, T, N, 2, R]; see `sine_features`."""
+        [phi] = self._call(sines_kernel, [("pairs", jnp.float32 if wide else self.form.factor)])
+        return phi.reshape(*self.inputs[0].shape[:3], 2, self.form.R)
+
+    def sines_gradient(self, dphi_BTN2R):
+        """(of vectors [B, T, N, H], of directions [K, R, H])."""
+        form, (x_BTNH, w_KRH, _) = self.form, self.inputs
+        outputs = [("shares", form.dtype if form.tiles == 1 else jnp.float32), ("directions", jnp.float32)]
+        dx, dw = self._call(sines_gradient_kernel, outputs, given=("pairs", dphi_BTN2R), blocks=min(BLOCKS, form.blocks), spread=True)
+        dw_KHR = dw[:, :, : form.H, : form.R].reshape(len(dw), len(w_KRH), -1, form.H, form.R).sum(axis=(0, 2))
+        return dx.sum(axis=0).astype(x_BTNH.dtype).reshape(x_BTNH.shape), dw_KHR.swapaxes(1, 2).astype(w_KRH.dtype)
+
+    def _call(self, kernel, outputs, *, given=None, blocks: int = 1, spread: bool = False, **static):
+        """Runs `kernel`, a program of which has `blocks` blocks of positions of one head, and all directions, or with `spread` one tile of them.
+
+        Outputs are (name, dtype), `given` is (name, array), by the names of what is below.
+        """
+        from jax.experimental.pallas import triton
+
+        form, (x_BTNH, w_KRH, valid_BT) = self.form, self.inputs
+        N, M, rows = x_BTNH.shape[2], form.positions, blocks * form.rows
+        group, programs, whole = N // len(w_KRH), -(-form.blocks // blocks), form.tiles * form.tile
+        width = form.tile if spread else whole
+        # Name: (shape, the part of one program, which part that is). A share is what one tile of directions adds to the vectors.
+        places = {
+            "vectors": ((M, N, form.H), (rows, None, form.channels), lambda n, i, r: (i, n, 0)),
+            "shares": ((form.tiles, M, N, form.H), (None, rows, None, form.channels), lambda n, i, r: (r, i, n, 0)),
+            "features": ((M, N, form.R), (rows, None, width), lambda n, i, r: (i, n, r)),
+            "pairs": ((M, N, 2, form.R), (rows, None, 2, width), lambda n, i, r: (i, n, 0, r)),
+            "directions": ((programs, N, form.channels, whole), (None, None, form.channels, width), lambda n, i, r: (i, n, 0, r)),
+            "valid": ((M,), (rows,), lambda n, i, r: (i,)),
+        }
+        w = _parts(jnp.pad(w_KRH, ((0, 0), (0, whole - form.R), (0, form.channels - form.H))), form)
+        arrays = [("vectors", x_BTNH), ("valid", None if valid_BT is None else valid_BT.astype(jnp.int8))] + ([] if given is None else [given])
+        arrays = [(None if x is None else x.reshape(places[name][0]), None if x is None else pl.BlockSpec(*places[name][1:])) for name, x in arrays]
+        arrays.insert(1, (w, pl.BlockSpec((len(w), None, width, form.channels), lambda n, i, r: (0, n // group, r, 0))))
+        return pl.pallas_call(
+            functools.partial(kernel, form=form, **static),
+            grid=(N, programs, form.tiles if spread else 1),
+            in_specs=[spec for _, spec in arrays],
+            out_specs=tuple(pl.BlockSpec(*places[name][1:]) for name, _ in outputs),
+            out_shape=tuple(jax.ShapeDtypeStruct(places[name][0], dtype) for name, dtype in outputs),
+            compiler_params=triton.CompilerParams(num_warps=self.tile.num_warps, num_stages=self.tile.num_stages),
+            interpret=form.interpret,
+            name=kernel.__name__,
+        )(*(x for x, _ in arrays))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _positive(largest: float | None, wide: bool, x_BTNH, w_KRH, valid_BT):
-    form = _form(x_BTNH, w_KRH, FORWARD)
-    [phi] = _call(form, positive_kernel, (x_BTNH, w_KRH, valid_BT), [("features", jnp.float32 if wide else form.factor)], largest=largest)
-    return phi.reshape(*x_BTNH.shape[:3], form.R)
+def _positive(largest: float | None, wide: bool, *inputs):
+    return Run.tuned("random", *inputs).positive(largest, wide)
 
 
 def _positive_fwd(largest, wide, *inputs):
@@ -73,20 +137,15 @@ def _positive_fwd(largest, wide, *inputs):
 
 
 def _positive_bwd(largest, wide, inputs, dphi_BTNR):
-    form = _form(*inputs[:2], GRADIENT)
-    [dx] = _call(form, positive_gradient_kernel, inputs, [("vectors", form.dtype)], given=("features", dphi_BTNR), largest=largest)
-    return dx.reshape(inputs[0].shape), None, None
+    return Run.tuned("random_gradient", *inputs).positive_gradient(dphi_BTNR, largest), None, None
 
 
 _positive.defvjp(_positive_fwd, _positive_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sines(wide: bool, x_BTNH, w_KRH, valid_BT):
-    """[B, T, N, 2, R]."""
-    form = _form(x_BTNH, w_KRH, FORWARD)
-    [phi] = _call(form, sines_kernel, (x_BTNH, w_KRH, valid_BT), [("pairs", jnp.float32 if wide else form.factor)])
-    return phi.reshape(*x_BTNH.shape[:3], 2, form.R)
+def _sines(wide: bool, *inputs):
+    return Run.tuned("random", *inputs).sines(wide)
 
 
 def _sines_fwd(wide, *inputs):
@@ -94,59 +153,10 @@ def _sines_fwd(wide, *inputs):
 
 
 def _sines_bwd(wide, inputs, dphi_BTN2R):
-    x_BTNH, w_KRH, _ = inputs
-    form = _form(x_BTNH, w_KRH, SINES_GRADIENT)
-    outputs = [("shares", form.dtype if form.tiles == 1 else jnp.float32), ("directions", jnp.float32)]
-    dx, dw = _call(form, sines_gradient_kernel, inputs, outputs, given=("pairs", dphi_BTN2R), blocks=min(BLOCKS, form.blocks), spread=True)
-    dw_KHR = dw[:, :, : form.H, : form.R].reshape(len(dw), len(w_KRH), -1, form.H, form.R).sum(axis=(0, 2))
-    return dx.sum(axis=0).astype(x_BTNH.dtype).reshape(x_BTNH.shape), dw_KHR.swapaxes(1, 2).astype(w_KRH.dtype), None
+    return *Run.tuned("sines_gradient", *inputs).sines_gradient(dphi_BTN2R), None
 
 
 _sines.defvjp(_sines_fwd, _sines_bwd)
-
-
-def _form(x_BTNH, w, sizes) -> Form:
-    """How these vectors and directions are divided, by one of the tables above."""
-    (B, T, _, H), R = x_BTNH.shape, w.shape[-2]
-    rows, products, directions = sizes[jnp.dtype(factor_of(x_BTNH.dtype)).itemsize]
-    tile = fit(directions // power_of_two(H), R)
-    return Form(B * T, R, H, fit(min(rows, products // tile), B * T), tile, jnp.dtype(x_BTNH.dtype), pallas_kernels.INTERPRET)
-
-
-def _call(form: Form, kernel, inputs, outputs, *, given=None, blocks: int = 1, spread: bool = False, **static):
-    """Runs `kernel`, a program of which has `blocks` blocks of positions of one head, and all directions, or with `spread` one tile of them.
-
-    Outputs are (name, dtype), `given` is (name, array), by the names of what is below.
-    """
-    from jax.experimental.pallas import triton
-
-    x_BTNH, w_KRH, valid_BT = inputs
-    N, M, rows = x_BTNH.shape[2], form.positions, blocks * form.rows
-    group, programs, whole = N // len(w_KRH), -(-form.blocks // blocks), form.tiles * form.tile
-    width = form.tile if spread else whole
-    # Name: (shape, the part of one program, which part that is). A share is what one tile of directions adds to the vectors.
-    places = {
-        "vectors": ((M, N, form.H), (rows, None, form.channels), lambda n, i, r: (i, n, 0)),
-        "shares": ((form.tiles, M, N, form.H), (None, rows, None, form.channels), lambda n, i, r: (r, i, n, 0)),
-        "features": ((M, N, form.R), (rows, None, width), lambda n, i, r: (i, n, r)),
-        "pairs": ((M, N, 2, form.R), (rows, None, 2, width), lambda n, i, r: (i, n, 0, r)),
-        "directions": ((programs, N, form.channels, whole), (None, None, form.channels, width), lambda n, i, r: (i, n, 0, r)),
-        "valid": ((M,), (rows,), lambda n, i, r: (i,)),
-    }
-    w = _parts(jnp.pad(w_KRH, ((0, 0), (0, whole - form.R), (0, form.channels - form.H))), form)
-    arrays = [("vectors", x_BTNH), ("valid", None if valid_BT is None else valid_BT.astype(jnp.int8))] + ([] if given is None else [given])
-    arrays = [(None if x is None else x.reshape(places[name][0]), None if x is None else pl.BlockSpec(*places[name][1:])) for name, x in arrays]
-    arrays.insert(1, (w, pl.BlockSpec((len(w), None, width, form.channels), lambda n, i, r: (0, n // group, r, 0))))
-    return pl.pallas_call(
-        functools.partial(kernel, form=form, **static),
-        grid=(N, programs, form.tiles if spread else 1),
-        in_specs=[spec for _, spec in arrays],
-        out_specs=tuple(pl.BlockSpec(*places[name][1:]) for name, _ in outputs),
-        out_shape=tuple(jax.ShapeDtypeStruct(places[name][0], dtype) for name, dtype in outputs),
-        compiler_params=triton.CompilerParams(num_warps=NUM_WARPS, num_stages=NUM_STAGES),
-        interpret=form.interpret,
-        name=kernel.__name__,
-    )(*(x for x, _ in arrays))
 
 
 def _parts(w, form: Form):

@@ -19,10 +19,7 @@ from attn_zoo.ops import pallas_kernels
 from attn_zoo.ops.pallas_feature_kernels import masked_load, masked_store
 from attn_zoo.ops.pallas_kernels import precision_of_float32, product
 from attn_zoo.ops.pallas_linear_kernels import factor_of
-from attn_zoo.ops.tuning import LEAST, fit, power_of_two
-
-NUMBERS = 4096  # positions x channels of a program
-NUM_WARPS, NUM_STAGES = 4, 1  # none has been timed on a GPU
+from attn_zoo.ops.tuning import LEAST, FeatureTile, feature_tile, fit, power_of_two
 
 
 def serves(dtype, H: int, dpfp: bool) -> bool:
@@ -45,11 +42,6 @@ class Form:
     rows: int
     dtype: Any
     interpret: bool
-
-    @classmethod
-    def of(cls, x_BTNH, dpfp: bool) -> "Form":
-        B, T, _, H = x_BTNH.shape
-        return cls(B * T, H, dpfp, fit(NUMBERS // power_of_two(H), B * T), jnp.dtype(x_BTNH.dtype), pallas_kernels.INTERPRET)
 
     @property
     def channels(self) -> int:
@@ -126,8 +118,7 @@ def _turned(x, step: int, form: Form):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _normalized(dpfp: bool, x_BTNH):
-    form = Form.of(x_BTNH, dpfp)
-    return _call(form, features_kernel, [x_BTNH], (form.parts, factor_of(form.dtype))).reshape(*x_BTNH.shape[:3], -1)
+    return features(feature_tile("normalized", x_BTNH.dtype, x_BTNH.shape[-1]), dpfp, x_BTNH)
 
 
 def _normalized_fwd(dpfp, x_BTNH):
@@ -135,14 +126,30 @@ def _normalized_fwd(dpfp, x_BTNH):
 
 
 def _normalized_bwd(dpfp, x_BTNH, dphi_BTNR):
-    form = Form.of(x_BTNH, dpfp)
-    return (_call(form, features_gradient_kernel, [x_BTNH, dphi_BTNR], (None, form.dtype)).reshape(x_BTNH.shape),)
+    return (features_gradient(feature_tile("normalized_gradient", x_BTNH.dtype, x_BTNH.shape[-1]), dpfp, x_BTNH, dphi_BTNR),)
 
 
 _normalized.defvjp(_normalized_fwd, _normalized_bwd)
 
 
-def _call(form: Form, kernel, arrays, output):
+def features(tile: FeatureTile, dpfp: bool, x_BTNH):
+    """[B, T, N, R], in tiles of this size."""
+    form = _form(tile, dpfp, x_BTNH)
+    return _call(tile, form, features_kernel, [x_BTNH], (form.parts, factor_of(form.dtype))).reshape(*x_BTNH.shape[:3], -1)
+
+
+def features_gradient(tile: FeatureTile, dpfp: bool, x_BTNH, dphi_BTNR):
+    """[B, T, N, H], of vectors."""
+    form = _form(tile, dpfp, x_BTNH)
+    return _call(tile, form, features_gradient_kernel, [x_BTNH, dphi_BTNR], (None, form.dtype)).reshape(x_BTNH.shape)
+
+
+def _form(tile: FeatureTile, dpfp: bool, x_BTNH) -> Form:
+    B, T, _, H = x_BTNH.shape
+    return Form(B * T, H, dpfp, fit(tile.positions, B * T), jnp.dtype(x_BTNH.dtype), pallas_kernels.INTERPRET)
+
+
+def _call(tile: FeatureTile, form: Form, kernel, arrays, output):
     """Runs `kernel` for all positions and heads; the output has (parts or None, dtype)."""
     from jax.experimental.pallas import triton  # here, so that machines that never run it need not have it
 
@@ -160,7 +167,7 @@ def _call(form: Form, kernel, arrays, output):
         in_specs=[spec for _, _, spec in inputs],
         out_specs=spec,
         out_shape=jax.ShapeDtypeStruct(shape, output[1]),
-        compiler_params=triton.CompilerParams(num_warps=NUM_WARPS, num_stages=NUM_STAGES),
+        compiler_params=triton.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages),
         interpret=form.interpret,
         name=kernel.__name__,
     )(*(x.reshape(shape) for x, shape, _ in inputs))

@@ -1,11 +1,12 @@
 """Tile sizes of the Pallas kernels: a table by device, dtype and head dim (tuning.json), those of attention fitted to the pattern and the lengths.
 
     {"attention": {device kind, as JAX names it, or "default": {dtype: {largest head dim: {kernel: [block_q, block_k, num_warps, num_stages]}}}},
-     "scans":     {device kind or "default": {dtype: {largest head dim: {"chunk": positions, kernel: [features, values, num_warps, num_stages]}}}}}
+     "scans":     {device kind or "default": {dtype: {largest head dim: {"chunk": positions, kernel: [features, values, num_warps, num_stages]}}}},
+     "features":  {device kind or "default": {dtype: {largest head dim: {kernel: [positions, directions, num_warps, num_stages]}}}}}
 
 The default entries are small enough for the shared memory of any GPU since compute capability 8.0. Those of the H200 are large tiles that compile for
 it with next to no register spills (tests/ahead); no entry has been timed against others yet, which experiments/tune.py does. What a device lacks is the default's.
-float16 is as bfloat16 in attention, and as float32 in scans, which compute it in TF32.
+float16 is as bfloat16 in attention, and as float32 in scans and features, which compute it in TF32.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from attn_zoo.spec import UserError
 KERNELS = ("forward", "dq", "dkv")
 DELTA = ("corrected", "wy")  # of a delta rule, at its own chunk: "corrected" is "states" there, "wy" solves its systems
 SCANS = ("states", "output", "dv", "dqk", *DELTA)
+FEATURES = ("random", "random_gradient", "sines_gradient", "normalized", "normalized_gradient")  # "random" are exponentials and sines; the last two have no directions
 MOST_HEAD_DIM = 256  # the last row of a table; scans of more values have its tiles
 PATH = Path(__file__).parent / "tuning.json"
 LEAST = 16  # rows and columns that the matrix units of a GPU take at once
@@ -47,6 +49,16 @@ class ScanTile:
     num_stages: int
 
 
+@dataclasses.dataclass(frozen=True)
+class FeatureTile:
+    """Positions of a program, and random directions that it multiplies them by at once, powers of two; its warps; stages of its load pipeline."""
+
+    positions: int
+    directions: int
+    num_warps: int
+    num_stages: int
+
+
 def tile(kernel: str, pattern: Pattern, T: int, S: int, dtype, head_dim: int, *, device: str | None = None, block: int | None = None) -> Tile:
     """The tile of one of KERNELS: the device's own or the default, no wider than pattern and lengths need; `block` overrides both sizes."""
     chosen = Tile(*_entry("attention", kernel, jnp.dtype(dtype).name, head_dim, device))
@@ -68,6 +80,11 @@ def scan_tile(kernel: str, dtype, head_dim: int, *, device: str | None = None) -
 def scan_chunk(dtype, head_dim: int, *, device: str | None = None) -> int:
     """Positions of a chunk of a scan, a power of two: the device's own or the default."""
     return _entry("scans", "chunk", _computed(dtype), min(head_dim, MOST_HEAD_DIM), device)
+
+
+def feature_tile(kernel: str, dtype, head_dim: int, *, device: str | None = None) -> FeatureTile:
+    """The tile of one of FEATURES, of vectors of this head dim: the device's own or the default."""
+    return FeatureTile(*_entry("features", kernel, _computed(dtype), head_dim, device))
 
 
 def power_of_two(n: int) -> int:
@@ -103,7 +120,7 @@ def _like(dtype: str) -> str:
 
 
 def _computed(dtype) -> str:
-    """The dtype of a scan's factors."""
+    """The dtype of a scan's factors, and of products with directions."""
     return "bfloat16" if jnp.dtype(dtype) == jnp.bfloat16 else "float32"
 
 

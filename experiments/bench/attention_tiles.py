@@ -14,7 +14,7 @@ from attn_zoo.ops.block_mask import block_mask, count_pairs
 from attn_zoo.ops.blocked import blocked_attention
 from attn_zoo.ops.pallas_attention import Run
 from attn_zoo.ops.patterns import CAUSAL, Band, Pattern
-from attn_zoo.ops.tuning import KERNELS, Tile, power_of_two
+from attn_zoo.ops.tuning import KERNELS, MOST_HEAD_DIM, Tile, power_of_two
 
 PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4}  # of matrices, by a kernel
 
@@ -28,6 +28,7 @@ class AttentionTiles:
     kernels: ClassVar[tuple[str, ...]] = KERNELS
     tile: ClassVar[type] = Tile
     dtypes: ClassVar[tuple[str, ...]] = ("bfloat16", "float16", "float32")
+    widest: ClassVar[int] = MOST_HEAD_DIM
 
     def patterns(self) -> dict[str, Pattern]:
         return {"causal": CAUSAL, "window": Band(self.settings["window"] - 1, 0)}

@@ -15,7 +15,7 @@ from attn_zoo.ops.decayed import decayed_sums
 from attn_zoo.ops.linear import kernel_sums
 from attn_zoo.ops.pallas_scan import Plan, Run, States
 from attn_zoo.ops.pallas_wy import solve
-from attn_zoo.ops.tuning import DELTA, LEAST, SCANS, ScanTile, fit, power_of_two
+from attn_zoo.ops.tuning import DELTA, LEAST, MOST_HEAD_DIM, SCANS, ScanTile, fit, power_of_two
 
 RUNS = {"states": 2, "output": 1, "dv": 1, "dqk": 1}  # of a kernel, forward + backward
 
@@ -44,6 +44,7 @@ class ScanTiles:
     kernels: ClassVar[tuple[str, ...]] = SCANS
     tile: ClassVar[type] = ChunkedTile
     dtypes: ClassVar[tuple[str, ...]] = ("bfloat16", "float32")
+    widest: ClassVar[int] = MOST_HEAD_DIM
 
     def problems(self, kernel: str) -> list[str]:
         return ["delta"] if kernel in DELTA else ["linear", "decayed"]

@@ -390,6 +390,13 @@ def test_tuned_tiles_of_scans_are_what_the_compiler_takes(device, dtype, H, kern
     assert all(x >= 16 and x & (x - 1) == 0 for x in (tile.features, tile.values, chunk)) and tile.num_warps in (1, 2, 4, 8, 16) and tile.num_stages >= 1
 
 
+@pytest.mark.parametrize("device, dtype, H, kernel", [entry for entry in entries("features", tuning.FEATURES) if int(entry[2]) >= 64])
+def test_tuned_tiles_of_features_are_what_the_compiler_takes(device, dtype, H, kernel):
+    tile = tuning.feature_tile(kernel, dtype, int(H), device=device)
+    assert tile.positions >= 16 and (tile.directions == 1 if kernel.startswith("normalized") else tile.directions >= 16)
+    assert all(x & (x - 1) == 0 for x in (tile.positions, tile.directions)) and tile.num_warps in (1, 2, 4, 8, 16) and tile.num_stages >= 1
+
+
 def test_scans_in_float16_have_the_tiles_of_float32_and_wide_ones_those_of_the_last_row():
     assert tuning.scan_tile("dqk", jnp.float16, 64) == tuning.scan_tile("dqk", jnp.float32, 64) != tuning.scan_tile("dqk", jnp.bfloat16, 64)
     assert tuning.scan_tile("dqk", jnp.bfloat16, 1000) == tuning.scan_tile("dqk", jnp.bfloat16, 256)
