@@ -46,8 +46,7 @@ def run(cell: Cell, workdir: str, data_dir: str, report: Callable[..., None], ke
         record |= {"status": "nan", "message": str(e)}
     except Exception as e:
         first_line = (str(e).splitlines() or [""])[0]
-        out_of_memory = isinstance(e, MemoryError) or "RESOURCE_EXHAUSTED" in str(e)
-        record |= {"status": "oom" if out_of_memory else "error", "message": f"{type(e).__name__}: {first_line}"}
+        record |= {"status": "oom" if measure.out_of_memory(e) else "error", "message": f"{type(e).__name__}: {first_line}"}
         traceback.print_exc()
     seconds["total"] = time.perf_counter() - STARTED
     record["provenance"] = provenance.collect() | record.get("provenance", {}) | {"seconds": seconds}

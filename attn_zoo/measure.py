@@ -23,6 +23,11 @@ def compile_timed(function: Callable, *args: Any) -> tuple[Callable, dict[str, f
     return compiled, {"lower_s": middle - start, "compile_s": time.perf_counter() - middle}
 
 
+def out_of_memory(e: Exception) -> bool:
+    """Whether that is why something failed; a kernel that needs more shared memory than there is has another fault, of which XLA says the same."""
+    return isinstance(e, MemoryError) or ("RESOURCE_EXHAUSTED" in str(e) and not any(words in str(e).lower() for words in ("shared memory", "vmem")))
+
+
 def time_calls(call: Callable[[], Any], measure: Measure) -> dict[str, float]:
     """{'median_s', 'p20_s', 'p80_s', 'n'} of calls that each end in block_until_ready, after warm-up: at least min_steps and min_seconds."""
     for _ in range(measure.warmup):

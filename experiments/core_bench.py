@@ -163,7 +163,8 @@ def measure_length(out: Path, problem: Problem, specs: list[str], torch: list[To
         if row.framework == "jax" and at < math.inf:
             lost[at] = f"T = {problem.T}, {row.name}, {mode}: {outcome['message']}; if it is this row's fault, the same command without it goes on"
         attention = problem.attention(row.spec, row.causal)
-        flops = attention.flops(problem.B, problem.T, problem.T) * (1 if mode == "forward" else 3) if attention.flops_without_key else None
+        counted = mode == "forward" or attention.gradients_without_key
+        flops = attention.flops(problem.B, problem.T, problem.T) * (1 if mode == "forward" else 3) if counted else None
         work = {"order": order, "framework": row.framework, "flops": flops, "bytes": problem.bytes(mode), "plan": row.plan, "lost": at < math.inf}
         write_record(out, {"id": ids[row.name, mode], "status": outcome.pop("status"), "message": outcome.pop("message", ""), "cell": cell_of(row, problem, mode)} | work | outcome | rates | common)
     if lost:

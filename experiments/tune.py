@@ -6,7 +6,7 @@
     python experiments/tune.py --report_only                                  # table and choice again, from the records alone
     python experiments/tune.py --report_only --write                          # and the choice into the package's tuning.json
 
-Each kernel is timed alone on two problems: those of attention on causal attention and a causal window, those of scans on sums without and with decay
+Each kernel is timed alone on one or two problems: those of attention on causal attention and a causal window, those of scans on sums without and with decay
 ("corrected" and "wy" on a delta rule), those of features on what performer, rfa and delta make of queries and keys. Candidates are compiled side by side, those nearest to the present tile first, held to what XLA computes, and timed in
 interleaved rounds; a timing is of as many calls as take some milliseconds. The choice is the least product of the problems' medians; of chunks, at which scans
 have their tiles, that of all kernels together. What does not compile, or computes something else, is left out and counted.
@@ -43,7 +43,7 @@ from attn_zoo.spec import check, check_choice
 ENGINES = (AttentionTiles, ScanTiles, FeatureTiles)
 KERNELS = flags.DEFINE_list("kernels", [kernel for engine in ENGINES for kernel in engine.kernels], "Of attention, then of scans and of features, the most important first.")
 DTYPES = flags.DEFINE_list("dtypes", ["bfloat16", "float32"], "Of queries, keys and values, the most important first; float16 has the tiles of bfloat16, in scans and features of float32.")
-HEAD_DIMS = flags.DEFINE_list("head_dims", ["64", "128", "256"], "The most important first.")
+HEAD_DIMS = flags.DEFINE_list("head_dims", ["64", "128", "256"], "The most important first; features have kernels up to 128.")
 BLOCKS = flags.DEFINE_list("blocks", ["16", "32", "64", "128", "256"], "Queries, and keys, of a tile, or features, and values, or positions, and directions: powers of two.")
 CHUNKS = flags.DEFINE_list("chunks", ["64", "128"], "Positions of a chunk of a scan: powers of two, at least the 64 of a delta rule, which has the same tiles.")
 WARPS = flags.DEFINE_list("warps", ["4", "8"], "Warps of a program: powers of two.")

@@ -1,5 +1,7 @@
 """The zoo's table and page: every variant, in its own words, as committed."""
 
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,3 +33,10 @@ def test_every_variant_has_a_row_and_a_paragraph(name):
 def test_families_stand_together():
     families = [v.family for v in VARIANTS.values()]
     assert [f for i, f in enumerate(families) if f not in families[:i]] == [f for i, f in enumerate(families) if i == 0 or f != families[i - 1]]
+
+
+def test_arguments_are_refused_and_nothing_is_renewed(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["catalogue", "--help"])
+    monkeypatch.setattr(Path, "write_text", lambda *_, **__: pytest.fail("it wrote"))
+    with pytest.raises(SystemExit, match="'--help': it takes no arguments"):
+        runpy.run_path(str(ROOT / "attn_zoo" / "catalogue.py"), run_name="__main__")

@@ -195,7 +195,7 @@ def test_another_process_has_a_moment_to_come_to_rest(monkeypatch):
 REASONS = {
     "unsupported": [Unsupported("informer cannot attend across sequences"), NotImplementedError("no gradients"), ModuleNotFoundError("No module named 'fla'")],
     "oom": [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes"), RuntimeError("CUDA out of memory."), RuntimeError("can't allocate memory: 1 bytes")],
-    "error": [RuntimeError("the compiler failed"), ValueError("shapes differ"), CannotRun("wrong", "error"), Lost("the process ended")],
+    "error": [RuntimeError("the compiler failed"), RuntimeError("RESOURCE_EXHAUSTED: Shared memory size limit exceeded"), Lost("the process ended")],
 }
 
 
@@ -227,15 +227,15 @@ def test_kernels_of_jax_lower_for_the_devices_that_they_are_for(monkeypatch):
             both(attend).lower(*shapes)
         with monkeypatch.context() as patch, jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
             patch.setattr(jax, "default_backend", lambda: platform)
-            assert "custom_call" in both(attend).trace(*shapes).lower(lowering_platforms=(lowered_for,)).as_text()
+            assert both(attend).trace(*shapes).lower(lowering_platforms=(lowered_for,)).as_text().count("custom_call @") >= 2
 
 
-def test_what_is_not_what_its_flops_count_has_no_rate(tmp_path):
-    """Hard attention without a key looks up one key a query, and its gradients are those of values alone."""
+def test_gradients_of_values_alone_have_no_rate(tmp_path):
+    """Hard attention without a key scores all keys, and its gradients are those of the values that it looks up."""
     process = run(tmp_path, "--variants=hard", "--seq_lens=32", "--N=1", "--H=8", "--rounds=1", "--peers=none")
-    assert process.returncode == 0 and {r["flops"] for r in load_records(tmp_path)} == {None}, process.stderr
+    assert process.returncode == 0 and {r["cell"]["mode"]: r["flops"] is None for r in load_records(tmp_path)} == {"forward": False, "forward_backward": True}, process.stderr
     [row] = [line for line in (tmp_path / "table.md").read_text().split("**Rates at")[1].split("**Spread")[0].splitlines() if line.startswith("| `hard`")]
-    assert [cell.strip() for cell in row.split("|")][5:9:2] == ["–", "–"]
+    assert [cell.strip() == "–" for cell in row.split("|")][5:9:2] == [False, True]
 
 
 def test_what_is_lost_is_an_error_to_be_measured_again():

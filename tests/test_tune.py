@@ -171,7 +171,7 @@ def test_features_are_held_to_what_xla_does_and_ops_tuning_reads_the_choice(feat
     """And there are none of wide heads."""
     content, entries = read(features), json.loads((features / "tuning.json").read_text())
     device, present = content["provenance"]["device_kind"], {kernel: tuning.feature_tile(kernel, "float32", 16, device="default") for kernel in tuning.FEATURES}
-    problems = {"random": ["exponentials", "sines"], "random_gradient": ["exponentials"], "sines_gradient": ["sines"]}
+    problems = {"random": ["exponentials", "sines"], "positive_gradient": ["exponentials"], "sines_gradient": ["sines"]}
     tiles = lambda kernel: {(p, d, 4, 1) for p in (16, 32) for d in ([1] if kernel.startswith("normalized") else [16, 32])} | {dataclasses.astuple(present[kernel])}
     found = {(r["H"], r["kernel"], r["problem"], *r["tile"]): r["status"] for r in content["records"]}
     assert found == {

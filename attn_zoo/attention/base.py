@@ -128,7 +128,7 @@ class Attention(nnx.Module):
     pools_queries = False  # True: an output depends on other queries too; invalid ones arrive as zeros, and `attend` takes valid_BT
     has_parts = False  # True: softmax attention is computed by `part` alone, and every backend that gives a logsumexp serves
     wide_parts = False  # True: it gives `part` float32, whatever its own dtype
-    flops_without_key = True  # False: without a random key it computes something else than its FLOPs count
+    gradients_without_key = True  # False: without a random key, queries and keys get no gradient
     anywhere = False  # True: without a causal mask, permuted queries give permuted outputs, so that a decoder may ask one at a time
 
     def __init__(self, options: Any, dims: Dims):
@@ -277,7 +277,10 @@ class Attention(nnx.Module):
         return "xla"
 
     def beside(self, backend: str) -> str:
-        """The backend of what is computed beside `backend`'s scores or sums (features, lists of keys, an inverse); the same where that does this too."""
+        """What computes, beside `backend`'s scores and sums, what there are kernels for in other cases: features, lists of keys, an inverse, a choice.
+
+        `backend` itself where it does, and where XLA does it on every backend (projections, other feature maps, sorting, clustering).
+        """
         return backend
 
     def engines(self, masked: bool = False) -> str:

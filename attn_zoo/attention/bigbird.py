@@ -92,11 +92,13 @@ class BigBird(MergedAttention):
 
     def beside(self, backend):
         """Of the lists of random keys."""
-        return backends.native_or_xla(backend) if self.options.random else backend
+        return backends.native_or_xla(backend)
 
     def plan(self, T, S, masked=False):
         index, seen = draw(self.options, T, S, self.dims.causal)
-        return parts_plan(self, T, S, masked, beside=index.size if seen.any() else None)
+        if not seen.any():  # all keys are in the window
+            return parts_plan(self, T, S, masked) | {"backend": self.backend(masked)}
+        return parts_plan(self, T, S, masked, beside=index.size)
 
 
 def pairs(options: Options, T: int, S: int, causal: bool) -> int:

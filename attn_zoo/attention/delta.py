@@ -81,7 +81,7 @@ class Delta(Attention):
         float32; on backend "pallas", where a kernel makes them, bfloat16 of bfloat16, as its products want them.
         """
         is_dpfp, nu = self.options.feature_map == "dpfp", self.options.nu
-        if self.beside(backend) == "pallas":
+        if self.beside(backend) == "pallas" and serves(x.dtype, x.shape[-1], is_dpfp):  # arrays may be of another dtype than the layer is built for
             return normalized_features(x, dpfp=is_dpfp)
         return normalized(dpfp(x, nu) if is_dpfp else elu(x.astype(jnp.float32)))
 

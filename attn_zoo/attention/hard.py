@@ -131,7 +131,7 @@ class Hard(SlotDecoding):
 
     pools_queries = True  # not an output, but the log-probability that is left: what stands in padding must not enter it
     rowwise = True
-    flops_without_key = False  # a choice by scores, whose gradients are those of values alone
+    gradients_without_key = False
     anywhere = True
     wide_parts = True
 

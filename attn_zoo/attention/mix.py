@@ -141,6 +141,10 @@ class Mix(Attention):
     def backend(self, masked=False):
         return " + ".join(dict.fromkeys(part.backend(masked) for part in self.parts))
 
+    @property
+    def gradients_without_key(self):
+        return all(part.gradients_without_key for part in self.parts)
+
     def engines(self, masked=False):
         return " + ".join(dict.fromkeys(name for part in self.parts for name in part.engines(masked).split(" + ")))
 

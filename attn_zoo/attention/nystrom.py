@@ -165,6 +165,10 @@ class Nystrom(Attention):
         """Of the pseudo-inverse and the convolution."""
         return backends.native_or_xla(backend)
 
+    def plan(self, T, S, masked=False):
+        full = max(T, S) <= self.options.landmarks and self.options.residual_kernel is None
+        return {"backend": self.backend(masked) if full else self.engines(masked)}
+
     def _check_residual(self, q_BTNH, v_BSKH):
         T, S = q_BTNH.shape[1], v_BSKH.shape[1]
         if T != S:

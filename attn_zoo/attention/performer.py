@@ -19,7 +19,7 @@ from attn_zoo.attention.base import Bound, Drawn, Paper, Variant
 from attn_zoo.attention.linear import KernelDecoding, kernel_reference, state_flops
 from attn_zoo.ops.linear import divided, linear_attention, linear_attention_by_chunks
 from attn_zoo.ops.native_linear import native_random_feature_sums
-from attn_zoo.ops.pallas_features import features_backend, positive_features
+from attn_zoo.ops.pallas_features import positive_features, serves
 from attn_zoo.ops.rows import dot_rows
 from attn_zoo.spec import check, check_int
 
@@ -85,7 +85,7 @@ class Performer(KernelDecoding):
 
     def beside(self, backend):
         """Of the features."""
-        return features_backend(backend, self.dims.head_dim)
+        return "xla" if backend == "pallas" and not serves(self.dims.head_dim) else backend
 
     def directions_for(self, key):
         """Those of this call, [R, H]."""

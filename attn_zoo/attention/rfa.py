@@ -24,7 +24,7 @@ from attn_zoo.ops import backends
 from attn_zoo.ops.angles import sine_and_cosine
 from attn_zoo.ops.decayed import decayed_sums
 from attn_zoo.ops.linear import init_state, linear_attention, state_step, with_ones
-from attn_zoo.ops.pallas_features import features_backend, sine_features
+from attn_zoo.ops.pallas_features import serves, sine_features
 from attn_zoo.ops.rows import dot_rows, scale_rows
 from attn_zoo.spec import Unsupported, check, check_int
 
@@ -130,7 +130,7 @@ class RandomFeatureAttention(Attention):
 
     def beside(self, backend):
         """Of the features."""
-        return features_backend(backend, self.dims.head_dim)
+        return "xla" if backend == "pallas" and not serves(self.dims.head_dim) else backend
 
     def gates(self, k_BSKH, valid_BSK):
         """(log g, 1 - g), [B, S, K], float32; an invalid position keeps everything and writes nothing."""

@@ -43,8 +43,7 @@ class Set(Attention):
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):
         first, second = self.backends(valid_BS is not None)
-        how = dict(padding=self.dims.padding, backend=first)
-        h_BRKH = backends.attention(self.queries(k_BSKH), k_BSKH, v_BSKH, pattern=FULL, valid_BS=valid_BS, **how)
+        h_BRKH = backends.attention(self.queries(k_BSKH), k_BSKH, v_BSKH, pattern=FULL, valid_BS=valid_BS, padding=self.dims.padding, backend=first)
         return backends.attention(q_BTNH, *self.project(h_BRKH), pattern=FULL, backend=second)
 
     def attend_reference(self, q_BTNH, k_BSKH, v_BSKH, valid_BS, key):

@@ -130,8 +130,8 @@ class Star(SlotDecoding):
         return repeat_kv(k_BSKH, self.dims.num_heads), repeat_kv(v_BSKH, self.dims.num_heads)
 
     def beside(self, backend):
-        """Of the relay's mean."""
-        return backends.native_or_xla(backend) if self.options.relay else backend
+        """Of the relay's running mean; the one mean of all keys is always XLA's."""
+        return backends.native_or_xla(backend) if self.options.relay and self.dims.causal else backend
 
     def plan(self, T, S, masked=False):
         pattern, wrap = ring_pattern(self.options.ring, T, self.dims.causal)

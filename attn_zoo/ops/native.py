@@ -72,7 +72,7 @@ def library() -> ctypes.CDLL | str:
     """The compiled kernels, known to XLA; else the reason why there are none, of which it warns once."""
     found = _library()
     if isinstance(found, str):
-        warnings.warn(f"attention runs on XLA's engines, which take up to six times as long on a CPU as native kernels: {found}", stacklevel=2)
+        warnings.warn(f"attention runs on XLA's engines, which take up to six and a half times as long on a CPU as native kernels: {found}", stacklevel=2)
     return found
 
 

@@ -20,16 +20,15 @@ from jaxtyping import Array, Bool, Float
 
 from attn_zoo.ops import pallas_kernels
 from attn_zoo.ops.pallas_feature_kernels import Form, positive_gradient_kernel, positive_kernel, sines_gradient_kernel, sines_kernel
-from attn_zoo.ops.pallas_linear_kernels import factor_of
 from attn_zoo.ops.tuning import FeatureTile, feature_tile, fit
 
 MOST = 128  # channels of which registers hold what the kernels need; the features of wider heads are left to XLA
 BLOCKS = 8  # blocks of positions of a program that adds up the gradient of its directions, of which each program writes one
 
 
-def features_backend(backend: str, H: int) -> str:
-    """The backend of the features in a layer on `backend`: XLA in place of kernels that do not hold so many channels."""
-    return "xla" if backend == "pallas" and H > MOST else backend
+def serves(H: int) -> bool:
+    """Whether registers hold what the kernels need of vectors of this size."""
+    return H <= MOST
 
 
 def positive_features(
@@ -137,7 +136,7 @@ def _positive_fwd(largest, wide, *inputs):
 
 
 def _positive_bwd(largest, wide, inputs, dphi_BTNR):
-    return Run.tuned("random_gradient", *inputs).positive_gradient(dphi_BTNR, largest), None, None
+    return Run.tuned("positive_gradient", *inputs).positive_gradient(dphi_BTNR, largest), None, None
 
 
 _positive.defvjp(_positive_fwd, _positive_bwd)

@@ -23,7 +23,7 @@ from attn_zoo.spec import UserError
 KERNELS = ("forward", "dq", "dkv")
 DELTA = ("corrected", "wy")  # of a delta rule, at its own chunk: "corrected" is "states" there, "wy" solves its systems
 SCANS = ("states", "output", "dv", "dqk", *DELTA)
-FEATURES = ("random", "random_gradient", "sines_gradient", "normalized", "normalized_gradient")  # "random" are exponentials and sines; the last two have no directions
+FEATURES = ("random", "positive_gradient", "sines_gradient", "normalized", "normalized_gradient")  # "random" are exponentials and sines; the last two have no directions
 MOST_HEAD_DIM = 256  # the last row of a table; scans of more values have its tiles
 PATH = Path(__file__).parent / "tuning.json"
 LEAST = 16  # rows and columns that the matrix units of a GPU take at once

@@ -23,7 +23,7 @@ from flax import nnx
 
 from attn_zoo import make_attention
 from attn_zoo.attention import parse_variant, variant_text
-from attn_zoo.measure import compile_timed
+from attn_zoo.measure import compile_timed, out_of_memory
 from attn_zoo.models.multi_head import MultiHeadAttention
 from attn_zoo.spec import UserError
 
@@ -151,8 +151,8 @@ def status_of(e: Exception) -> str:
         e = e.exceptions[0]
     if isinstance(e, (UserError, NotImplementedError, ImportError)):
         return "unsupported"
-    memory = "RESOURCE_EXHAUSTED", "out of memory", "can't allocate memory"  # of XLA, and of PyTorch on a GPU and on a CPU
-    return "oom" if isinstance(e, MemoryError) or any(words in str(e) for words in memory) else "error"
+    of_torch = "out of memory", "can't allocate memory"  # on a GPU, and on a CPU
+    return "oom" if out_of_memory(e) or any(words in str(e) for words in of_torch) else "error"
 
 
 def said(e: Exception) -> str:
@@ -227,7 +227,8 @@ def jax_peers(problem: Problem, window: int, qkv: tuple) -> list[Jax]:
     for causal in (True, False):
         calls = {"jax.nn (xla)": jax.nn.dot_product_attention, "jax.nn (cudnn)": _cudnn}
         for name, call in (calls | {"tokamax": _tokamax} | kernels).items():
-            args = tuple(x.astype(jnp.float16) for x in qkv) if call is _pallas_hopper else qkv  # of bfloat16 it says that its factors are of two dtypes
+            half = call is _pallas_hopper and problem.dtype == "bfloat16" and jax.default_backend() == "gpu"  # it says of bfloat16 that its factors are of two dtypes
+            args = tuple(x.astype(jnp.float16) for x in qkv) if half else qkv
             found.append(Jax(name + way(causal), _partial(call, is_causal=causal), args, spec="full", causal=causal, peer=True))
     for name, call in (("jax.nn (cudnn): window", _cudnn), ("tokamax: window", _tokamax)):
         found.append(Jax(name, _partial(call, is_causal=True, local_window_size=(window, 0)), qkv, spec=local, causal=True, peer=True))

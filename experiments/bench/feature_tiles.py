@@ -30,7 +30,7 @@ class FeatureTiles:
     widest: ClassVar[int] = pallas_features.MOST
 
     def problems(self, kernel: str) -> list[str]:
-        return {"random": ["exponentials", "sines"], "random_gradient": ["exponentials"], "sines_gradient": ["sines"]}.get(kernel, ["delta"])
+        return {"random": ["exponentials", "sines"], "positive_gradient": ["exponentials"], "sines_gradient": ["sines"]}.get(kernel, ["delta"])
 
     def present(self, kernel: str, dtype: str, H: int) -> FeatureTile:
         return tuning.feature_tile(kernel, dtype, H)
@@ -59,7 +59,7 @@ class FeatureTiles:
         if problem == "delta":
             return {"normalized": ((x,), (phi,)), "normalized_gradient": ((x, dphi), (dx,))}
         forward = {"random": ((x, w), (phi,))}
-        return forward | ({"random_gradient": ((x, w, dphi), (dx,))} if problem == "exponentials" else {"sines_gradient": ((x, w, dphi), (dx, dw))})
+        return forward | ({"positive_gradient": ((x, w, dphi), (dx,))} if problem == "exponentials" else {"sines_gradient": ((x, w, dphi), (dx, dw))})
 
     def call(self, kernel: str, problem: str, tile: FeatureTile, args: tuple):
         """A function of the arguments."""
@@ -69,7 +69,7 @@ class FeatureTiles:
         return {
             ("random", "exponentials"): lambda x, w: (run(x, w).positive(LARGEST),),
             ("random", "sines"): lambda x, w: (run(x, w).sines(),),
-            ("random_gradient", "exponentials"): lambda x, w, dphi: (run(x, w).positive_gradient(dphi, LARGEST),),
+            ("positive_gradient", "exponentials"): lambda x, w, dphi: (run(x, w).positive_gradient(dphi, LARGEST),),
             ("sines_gradient", "sines"): lambda x, w, dphi: run(x, w).sines_gradient(dphi),
             ("normalized", "delta"): lambda x: (pallas_normalized.features(tile, dpfp, x),),
             ("normalized_gradient", "delta"): lambda x, dphi: (pallas_normalized.features_gradient(tile, dpfp, x, dphi),),
@@ -84,7 +84,7 @@ class FeatureTiles:
 
     def columns(self, record: dict, tile: FeatureTile) -> dict[str, str]:
         """What else the table says of a measurement."""
-        return {"tile": f"{tile.positions} × {tile.directions}", "rate": f"{record['bytes'] / record['speed']['median_s'] / 1e9:.0f} GB/s"}
+        return {"tile": f"{tile.positions} × {tile.directions}" if tile.directions > 1 else str(tile.positions), "rate": f"{record['bytes'] / record['speed']['median_s'] / 1e9:.0f} GB/s"}
 
 
 def _dpfp(dtype, H: int) -> bool:

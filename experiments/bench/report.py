@@ -62,10 +62,10 @@ def rates(records: list[Record]) -> str:
     rows, counted = [], any((r.get("plan") or {}).get("computed_pairs") for r in records)
     for name, at in by_name(r for r in records if r["cell"]["seq_len"] == T and not r["cell"]["layer"]).items():
         of = {r["cell"]["mode"]: r for r in records if r["cell"]["seq_len"] == T and r["cell"]["variant"] == name}
-        if any(r["status"] != "ok" for r in of.values()):
+        if len(of) < len(MODES) or any(r["status"] != "ok" for r in of.values()):
             continue
         plan = at[T].get("plan") or {}
-        row = [f"`{name}`", plan.get("backend", "–"), _percent(plan.get("density")), _percent(plan.get("computed_density"))]
+        row = [f"`{name}`", plan.get("without_key", plan.get("backend", "–")), _percent(plan.get("density")), _percent(plan.get("computed_density"))]
         for r in (of[mode] for mode in MODES):
             row += [_rate(r, "flops", "matmul_flops_per_s"), _rate(r, "bytes", "copy_bytes_per_s"), *([_pair(r, plan.get("computed_pairs"))] if counted else [])]
         rows.append(row)
@@ -82,7 +82,7 @@ def spreads(records: list[Record]) -> str:
     for name in by_name(r for r in records if r["cell"]["seq_len"] == T):
         of = {r["cell"]["mode"]: r for r in records if r["cell"]["seq_len"] == T and r["cell"]["variant"] == name}
         if any(r["status"] == "ok" for r in of.values()):
-            rows.append([f"`{name}`", *(text for mode in MODES for text in (_spread(of[mode]), _compilation(of[mode])))])
+            rows.append([f"`{name}`", *(text for mode in MODES for text in (_spread(of.get(mode)), _compilation(of.get(mode))))])
     header = ["", *(f"{title}: {unit}" for title in MODES.values() for unit in ("ms (p20 to p80)", "compile, s"))]
     together = " Compiled side by side, so not as fast as alone." if settings(records)["jobs"] > 1 else ""
     return f"**Spread and compilation at T = {T}**, over the rounds; of PyTorch, compilation is the first call.{together}\n\n" + pipe(rows, header) if rows else ""
@@ -260,17 +260,17 @@ def _rate(record: Record, what: str, most: str) -> str:
     return f"{rate / 1e9:.3g}" + (f" ({100 * rate / record[most]:.0f} %)" if record[most] else "")
 
 
-def _spread(record: Record) -> str:
+def _spread(record: Record | None) -> str:
     """Median, and 20th to 80th percentile."""
-    if record["status"] != "ok":
+    if record is None or record["status"] != "ok":
         return "–"
     median, p20, p80 = (f"{1e3 * record['speed'][key]:.1f}" for key in ("median_s", "p20_s", "p80_s"))
     return f"{median} ({p20} to {p80})"
 
 
-def _compilation(record: Record) -> str:
+def _compilation(record: Record | None) -> str:
     """Seconds of tracing, lowering and compiling."""
-    return f"{sum(record['compile'].values()):.2f}" if record["status"] == "ok" else "–"
+    return f"{sum(record['compile'].values()):.2f}" if record and record["status"] == "ok" else "–"
 
 
 def _pair(record: Record, computed_pairs: int | None) -> str:

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -169,6 +170,18 @@ def test_the_mosaic_kernel_compiles(pattern, H, dtype):
     shapes = [jax.ShapeDtypeStruct((2, 1000, heads, H), dtype) for heads in (4, 2, 2)]
     text = compiled(lambda q, k, v: mosaic_attention(q, k, v, pattern=pattern), *shapes).as_text()
     assert text.count("mosaic_gpu") and "1000,1000]" not in text and "1024,1024]" not in text
+
+
+@pytest.mark.parametrize("H", [64, 128])
+def test_the_hopper_kernel_of_jax_compiles_as_core_bench_calls_it(H, monkeypatch):
+    """Of bidirectional attention with its gradients; causal it has none."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "experiments")
+    from bench.candidates import _pallas_hopper
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    shapes = [jax.ShapeDtypeStruct((1, 1024, 2, H), jnp.float16)] * 3
+    compiled(lambda q, k, v: jax.vjp(functools.partial(_pallas_hopper, is_causal=False), q, k, v)[1](q), *shapes)
+    compiled(functools.partial(_pallas_hopper, is_causal=True), *shapes)
 
 
 def test_what_does_not_fit_is_caught():

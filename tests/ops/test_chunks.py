@@ -26,3 +26,8 @@ def test_chunks_are_the_sequence_in_order(T):
         np.testing.assert_array_equal(chunks[t // 3, :, t % 3], x[:, t])
     assert (chunks[-1, :, (T - 1) % 3 + 1 :] == 99).all()
     np.testing.assert_array_equal(joined(chunks, T), x)
+
+
+def test_what_is_added_has_the_dtype_of_the_rest():
+    np.testing.assert_array_equal(chunked(jnp.ones((1, 3), bool), 2), [[[True, True]], [[True, False]]])
+    np.testing.assert_array_equal(chunked(jnp.zeros((1, 3)), 2, -jnp.inf), [[[0, 0]], [[0, -np.inf]]])
