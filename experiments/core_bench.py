@@ -26,7 +26,7 @@ import jax
 from absl import app, flags
 from bench import candidates, report
 from bench.candidates import Problem, TorchProcess
-from bench.rounds import MODES, measure
+from bench.rounds import MODES, done, measure
 from bench.single_pattern import single_pattern
 
 from attn_zoo import VARIANTS, UserError, provenance
@@ -169,15 +169,6 @@ def measure_length(out: Path, problem: Problem, specs: list[str], torch: list[To
         write_record(out, {"id": ids[row.name, mode], "status": outcome.pop("status"), "message": outcome.pop("message", ""), "cell": cell_of(row, problem, mode)} | work | outcome | rates | common)
     if lost:
         raise UserError(lost[min(lost)])
-
-
-def done(out: Path, ids: set[str], common: dict) -> bool:
-    """Whether all of these records are there, from this commit without local changes, this machine and these settings."""
-    if common["provenance"]["git_dirty"] or not (out / "records").exists():
-        return False
-    found = {r["id"]: r for r in load_records(out)}
-    same = lambda r: r["settings"] == common["settings"] and all(r["provenance"].get(key) == common["provenance"][key] for key in ("git_commit", "git_dirty", "cpu", "device_kind"))
-    return ids <= found.keys() and all(same(found[id]) and found[id]["status"] != "timeout" and not found[id].get("lost") for id in ids)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The side-by-side: every candidate leaves its record, ratios are those of the recorded times, and the committed table is made from its records alone."""
 
-import importlib
 import shutil
 import subprocess
 import sys
@@ -210,11 +209,10 @@ def test_the_status_tells_what_is_refused_from_what_failed(status):
 
 def test_a_length_with_a_row_that_was_lost_or_left_out_is_measured_again(tmp_path):
     """Any other row is as it will be the next time."""
-    module = sys.modules.get("core_bench") or importlib.import_module("core_bench")
     common = {"settings": {"rounds": 1}, "provenance": {"git_commit": "1", "git_dirty": False, "cpu": "2", "device_kind": "cpu"}}
     for status, lost, again in (("ok", False, False), ("oom", False, False), ("error", False, False), ("unsupported", False, False), ("error", True, True), ("timeout", False, True)):
         write_record(tmp_path, {"id": "x", "cell": {"variant": "full", "seq_len": 32, "seed": 0}, "status": status, "lost": lost} | common)
-        assert module.done(tmp_path, {"x"}, common) != again
+        assert rounds.done(tmp_path, {"x"}, common) != again
 
 
 def test_kernels_of_jax_lower_for_the_devices_that_they_are_for(monkeypatch):

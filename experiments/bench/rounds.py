@@ -6,10 +6,13 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from bench.candidates import CannotRun, Lost
+
+from attn_zoo.results import load_records
 
 MODES = ("forward", "forward_backward")
 LEAST_S = 0.02  # of a timed sample: shorter calls are made several times in one, so that dispatch and the clock weigh little
@@ -81,3 +84,12 @@ def prepare(row: Any, mode: str, until: float) -> dict:
 def without_time(e: CannotRun) -> dict:
     """What is said of a row that has none; 'lost_at', on the monotonic clock, of one that is lost."""
     return {"status": e.status, "message": str(e)} | ({"lost_at": time.monotonic()} if isinstance(e, Lost) else {})
+
+
+def done(out: Path, ids: set[str], common: dict) -> bool:
+    """Whether all of these records are there, of rows that were neither lost nor left out, from this commit without local changes, this machine and these settings."""
+    if common["provenance"]["git_dirty"] or not (out / "records").exists():
+        return False
+    found = {r["id"]: r for r in load_records(out)}
+    same = lambda r: r["settings"] == common["settings"] and all(r["provenance"].get(key) == common["provenance"][key] for key in ("git_commit", "git_dirty", "cpu", "device_kind"))
+    return ids <= found.keys() and all(same(found[id]) and found[id]["status"] != "timeout" and not found[id].get("lost") for id in ids)
