@@ -26,6 +26,7 @@ import jax
 from absl import app, flags
 from bench import candidates, report
 from bench.candidates import Problem, TorchProcess
+from bench.jax_peers import jax_peers
 from bench.rounds import MODES, done, measure
 from bench.single_pattern import single_pattern
 
@@ -72,7 +73,7 @@ def rows_of(problem: Problem, specs: list[str], torch: list[TorchProcess]) -> li
             name = spec + both + mark
             if name not in found:
                 found[name] = candidates.variant(problem, name, spec, causal, qkv, backend)
-    peers = candidates.jax_peers(problem, SIZES["window"], qkv) if PEERS.value != "none" else []
+    peers = jax_peers(problem, SIZES["window"], qkv) if PEERS.value != "none" else []
     theirs = [process.candidates(problem) for process in torch]
     peers += [rows[n % len(torch)] for n, rows in enumerate(zip(*theirs))]  # dealt out: every process knows all
     return [*peers, *found.values(), *candidates.counterparts(peers, list(found.values()), problem, qkv)]

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
 LENGTHS = (32, 64, 128)
 sys.path.insert(0, str(ROOT / "experiments"))
-from bench import candidates, rounds
+from bench import candidates, jax_peers, rounds
 from bench.candidates import CannotRun, Jax, Lost, Problem, TorchProcess, counterparts, farthest, heads, status_of, variant
 from bench.report import faster_from
 from bench.rounds import MODES, measure
@@ -219,7 +219,7 @@ def test_kernels_of_jax_lower_for_the_devices_that_they_are_for(monkeypatch):
     """Forward and backward."""
     shapes = [jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)] * 3
     both = lambda attend: jax.jit(lambda q, k, v: jax.vjp(lambda *x: attend(*x, is_causal=True), q, k, v)[1](q))
-    for platform, lowered_for, kind, attend in (("gpu", "cuda", "NVIDIA H200", candidates._pallas_mha), ("tpu", "tpu", "TPU v5 lite", candidates._pallas_tpu)):
+    for platform, lowered_for, kind, attend in (("gpu", "cuda", "NVIDIA H200", jax_peers._pallas_mha), ("tpu", "tpu", "TPU v5 lite", jax_peers._pallas_tpu)):
         device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
         with pytest.raises(CannotRun, match=f"its kernels are for {platform.upper()}s"):
             both(attend).lower(*shapes)

@@ -176,7 +176,7 @@ def test_the_mosaic_kernel_compiles(pattern, H, dtype):
 def test_the_hopper_kernel_of_jax_compiles_as_core_bench_calls_it(H, monkeypatch):
     """Of bidirectional attention with its gradients; causal it has none."""
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "experiments")
-    from bench.candidates import _pallas_hopper
+    from bench.jax_peers import _pallas_hopper
 
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     shapes = [jax.ShapeDtypeStruct((1, 1024, 2, H), jnp.float16)] * 3
